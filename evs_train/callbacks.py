@@ -1,0 +1,97 @@
+"""What a run shows and records besides weights: a short line and a JSON line per log, and pictures of kept patches.
+
+Only the first process writes. A failure to write is an error: metrics are part of the result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from evs_train.collate import EvsHook, PlannedItem
+from evs_train.visualize import kept_figure, save_png
+
+
+class ProgressLine(ProgressCallback):
+    """transformers' progress bar with one short line per log, where the original prints every metric."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.write(
+                f"step {state.global_step:>6}  loss {logs['loss']:.4f}  rate {logs['evs/rate']:.2f}  "
+                f"video tokens {logs['evs/video_tokens_before']:,.0f} -> {logs['evs/video_tokens_after']:,.0f}  "
+                f"{logs['speed/tokens_per_second']:,.0f} tokens/s"
+            )
+
+
+class JsonlCallback(TrainerCallback):
+    """Appends every log to `path` as one JSON object with its step: the twin of what goes to W&B.
+
+    A new run keeps an older run's file under another name; a resumed run goes on with it.
+    """
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self.path = path
+        self.resume = resume
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.path.exists() and not self.resume:
+            written = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self.path.stat().st_mtime))
+            self.path.rename(self.path.with_name(f"{self.path.stem}.{written}{self.path.suffix}"))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            line = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class PictureCallback(TrainerCallback):
+    """Draws which patches EVS kept in the videos whose plan carries frames; to `folder`, and to W&B where it runs."""
+
+    def __init__(self, hook: EvsHook, folder: Path) -> None:
+        self.hook = hook
+        self.folder = folder
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept, self.hook.kept = self.hook.kept, []
+        if not (state.is_world_process_zero and kept):
+            return
+        paths = []
+        for number, (planned, selected) in enumerate(kept):
+            path = self.folder / f"step{state.global_step:06d}_{number}.png"
+            save_png(draw_kept(planned, selected), path)
+            paths.append(path)
+        if "wandb" in args.report_to:
+            import wandb  # imported late: only where it is used
+
+            if wandb.run is not None:
+                wandb.log({"evs/kept": [wandb.Image(str(path)) for path in paths]}, commit=False)
+
+
+def draw_kept(planned: PlannedItem, selected: torch.Tensor) -> Any:
+    """Figure (PIL) of one pruned video: its sampled frames with the patches of the `selected` (K,) tokens clear."""
+    if planned.frames is None:
+        raise ValueError("the plan carries no frames of this video")
+    item = planned.item
+    mask = torch.zeros(item.num_tokens, dtype=torch.bool)
+    mask[selected.cpu()] = True
+    return kept_figure(
+        planned.frames,
+        mask.view(item.num_units, item.height, item.width).numpy(),
+        frames_per_unit=-(-len(planned.frames) // item.num_units),
+        pruning_rate=planned.pruning_rate,
+    )

@@ -1,0 +1,317 @@
+"""The recipe: one typed description of a run, read from YAML and dotted `key.sub=value` overrides.
+
+Invariant: a recipe that loads has no unknown key and no value of a wrong type or range, and all faults of a bad one are
+reported together, each with its key and, for a misspelt key, the nearest right one. Loading costs milliseconds: nothing
+of torch or transformers is imported here. What needs files or a model (does the checkpoint exist, is its architecture
+supported) is checked by whoever opens them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from evs_train import samplers
+from evs_train.errors import RecipeError
+
+RECIPES_DIR = Path(__file__).resolve().parents[1] / "recipes"
+
+Part = Literal["vision", "projector", "language_model"]
+PARTS: tuple[Part, ...] = get_args(Part)
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    """Which checkpoint is trained."""
+
+    path: str = Field(description="directory or hub name of the base checkpoint")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="dtype of the computation, and of the scores: serve in the same one"
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention kernel of transformers"
+    )
+
+
+class DemoSection(Section):
+    """Build the inputs of a run that needs no download: a small random checkpoint and rendered clips."""
+
+    family: str = Field(description="family of the checkpoint written to `model.path`")
+    num_clips: int = Field(64, ge=1, description="rendered clips written beside `data.rows`")
+    size: int = Field(96, ge=32, description="pixels of a clip's side")
+    num_frames: int = Field(16, ge=1, description="frames of a clip")
+
+
+class DataSection(Section):
+    """Which rows and media are read, and how videos are sampled."""
+
+    rows: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        description="JSON or JSONL files of rows"
+    )
+    media_root: str | None = Field(None, description="folder of relative media paths; default: the rows file's own")
+    fps: float | None = Field(None, gt=0, description="frames sampled per second (default 2 if num_frames is unset)")
+    num_frames: int | None = Field(None, ge=1, description="frames sampled per video, spread evenly")
+    min_frames: int = Field(4, ge=1, description="at least so many frames, where the video has them")
+    max_frames: int = Field(768, ge=1, description="at most so many frames")
+    video_kwargs: dict[str, Any] = Field(default_factory=dict, description="options of the video processor")
+    image_kwargs: dict[str, Any] = Field(default_factory=dict, description="options of the image processor")
+    template_kwargs: dict[str, Any] = Field(default_factory=dict, description="variables of the chat template")
+    max_length: int | None = Field(
+        None, ge=1, description="refuse samples longer than this many tokens before pruning; nothing is truncated"
+    )
+    num_workers: int = Field(2, ge=0, description="processes that decode and tokenize, per rank")
+
+    @model_validator(mode="after")
+    def _one_way_to_sample(self) -> DataSection:
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError("set fps or num_frames, not both (null unsets one)")
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames ({self.min_frames}) is above max_frames ({self.max_frames})")
+        return self
+
+
+class EvsSection(Section):
+    """How videos are pruned while training."""
+
+    rate: float | dict[str, Any] = Field(0.75, description="a fixed rate, or a sampler such as {kind: uniform, max: .9}")
+    scope: Literal["batch", "sample"] = Field("batch", description="one rate per optimizer step, or one per sample")
+    cap: bool = Field(True, description="keep drawn rates low enough that more than the first unit is left")
+    score: Literal["engine", "embeds"] = Field(
+        "engine", description="score the tensor that serving scores for this family, or the plain embeddings"
+    )
+    score_dtype: Literal["model", "float32"] = Field("model", description="dtype of the scores")
+
+    @field_validator("rate")
+    @classmethod
+    def _sampler_is_known(cls, value: float | dict[str, Any]) -> float | dict[str, Any]:
+        try:
+            samplers.build_sampler(value)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+
+class LoraSection(Section):
+    """Low-rank adapters (PEFT). Used when `tuning.method` is lora."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    parts: list[Part] = Field(default_factory=lambda: ["language_model"], description="parts that get adapters")
+    targets: list[str] | None = Field(None, description="names of linear layers; default: the family's list")
+
+
+class TuningSection(Section):
+    """What is trained."""
+
+    method: Literal["full", "lora"] = "full"
+    freeze: list[Part] = Field(
+        default_factory=lambda: ["vision"], description="parts that stay as they are (with lora: see lora.parts)"
+    )
+    lora: LoraSection = Field(default_factory=LoraSection)
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> TuningSection:
+        if self.method == "full" and set(self.freeze) == set(PARTS):
+            raise ValueError("freeze names every part: nothing would be trained")
+        return self
+
+
+class OptimSection(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-5, gt=0)
+    lr_by_part: dict[Part, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="learning rates that differ from `lr`, by part"
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class TrainSection(Section):
+    """Length and shape of the run."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(1, ge=1, description="rows per process and micro-batch")
+    grad_accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    gradient_checkpointing: bool = False
+    log_every: int = Field(10, ge=1)
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
+    keep_checkpoints: int = Field(2, ge=2, description="1 is refused: the newest may be torn when a run is killed")
+    pictures_every: int | None = Field(None, ge=1, description="steps between pictures of kept patches; null: none")
+    resume: bool = Field(False, description="continue from the newest checkpoint in output_dir")
+
+
+class TrackingSection(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    wandb: bool = Field(True, description="W&B; offline when there is no key")
+    project: str = "evs-train"
+    name: str | None = None
+    tags: list[str] = Field(default_factory=list)
+
+
+class ExportSection(Section):
+    """The checkpoint written when training ends."""
+
+    enabled: bool = True
+    rate: Rate = Field(0.75, description="video_pruning_rate written into config.json")
+    dir: str | None = Field(None, description="default: output_dir/export")
+
+
+class Recipe(Section):
+    """One uptraining run."""
+
+    recipe: str = Field(description="name of the recipe, for records")
+    output_dir: str = Field(description="everything the run writes goes here")
+    seed: int = Field(0, ge=0)
+    model: ModelSection
+    data: DataSection
+    evs: EvsSection = Field(default_factory=EvsSection)
+    tuning: TuningSection = Field(default_factory=TuningSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    deepspeed: str | None = Field(None, description="zero2, zero3 or the path of a DeepSpeed JSON file")
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    demo: DemoSection | None = None
+    dry_run: bool = Field(False, description="print the resolved recipe, what is trained and the first batches; stop")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with two repairs: `1e-5` is a number (YAML 1.2), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the project."""
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def load_recipe(arguments: Sequence[str]) -> Recipe:
+    """Build the recipe from command-line arguments.
+
+    Args:
+        arguments: `recipe=NAME` (a shipped recipe or the path of a YAML file), then `key.sub=value` overrides whose
+            values are YAML, such as `evs.rate={kind: beta, mode: 0.75}`.
+
+    Raises:
+        RecipeError: all faults found, one line each.
+    """
+    overrides: list[tuple[str, str]] = []
+    name: str | None = None
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"'{argument}' is not of the form key=value", f"shipped recipes: {', '.join(recipe_names())}")
+        if key == "recipe":
+            name = value
+        else:
+            overrides.append((key, value))
+    if name is None:
+        raise RecipeError("no recipe is named", f"add recipe=NAME, one of: {', '.join(recipe_names())}, or a YAML file")
+    path = _recipe_path(name)
+    raw = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} is not a mapping of keys to values")
+    raw.setdefault("recipe", path.stem)
+    for key, value in overrides:
+        _override(raw, key, _parse_yaml(value, f"the value of {key}"))
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
+    """Check a raw mapping against the schema; `source` names it in errors (`RecipeError`)."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = [_describe_fault(fault) for fault in error.errors()]
+    raise RecipeError(f"{source} (with overrides) has {len(faults)} fault(s):\n  " + "\n  ".join(faults))
+
+
+def _recipe_path(name: str) -> Path:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES_DIR / f"{name}.yaml"
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, recipe_names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise RecipeError(f"there is no recipe '{name}'", f"{hint}shipped recipes: {', '.join(recipe_names())}")
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _override(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node = raw
+    for depth, parent in enumerate(parents):
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"{dotted}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _describe_fault(fault: Any) -> str:
+    """One line for a person: the dotted key, what is wrong, and the nearest key for a misspelt one."""
+    location = [str(part) for part in fault["loc"]]
+    dotted = ".".join(location) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1)
+        return f"{dotted}: unknown key" + (f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "")
+    if fault["type"] == "missing":
+        return f"{dotted}: a value is required"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{dotted}: {message}, got {fault['input']!r}" if fault["type"] != "value_error" else f"{dotted}: {message}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """Keys of the section at `location` in the schema."""
+    section: type[BaseModel] = Recipe
+    for key in location:
+        annotation = section.model_fields[key].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,77 @@
+"""What a run prints for a person: the plan of a dry run, what is trained, and the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from evs_train import samplers
+from evs_train.collate import BatchPlan
+from evs_train.config import Recipe
+from evs_train.export import Export
+from evs_train.models.loading import PartSize
+from evs_train.uptrain import Run, Summary
+
+_PLANNED_BATCHES = 2
+
+
+def show_dry_run(run: Run, console: Console) -> None:
+    """Print the resolved recipe, the trainable parameters, the rates and the plan of the first batches."""
+    console.print(yaml.safe_dump(run.recipe.model_dump(), sort_keys=False), markup=False, highlight=False)
+    console.print(parts_table(run.part_sizes()))
+    rates = samplers.describe(run.sampler)
+    console.print(f"pruning rates: {rates}", markup=False)
+    console.print(
+        f"{len(run.samples)} rows, {run.num_steps} steps of {run.global_batch} rows; the first micro-batches:"
+    )
+    console.print(plan_table(run.plan_batches(_PLANNED_BATCHES)))
+
+
+def parts_table(parts: Sequence[PartSize]) -> Table:
+    """Parameters by part."""
+    table = Table("part", "trainable", "of", title="parameters")
+    for part in parts:
+        table.add_row(part.part, f"{part.trainable:,}", f"{part.total:,}")
+    table.add_row("all", f"{sum(p.trainable for p in parts):,}", f"{sum(p.total for p in parts):,}")
+    return table
+
+
+def plan_table(plans: Sequence[BatchPlan]) -> Table:
+    """One line per row of each planned batch."""
+    table = Table("step", "row", "rate", "videos: units x tokens, kept", "images", "tokens", "of", "trained on")
+    for plan in plans:
+        for row, sample_id in enumerate(plan.sample_ids):
+            videos = [p for p in plan.videos if p.row == row]
+            table.add_row(
+                str(plan.step),
+                sample_id,
+                f"{plan.rates[row]:.3f}",
+                ", ".join(f"{v.item.num_units}x{v.item.tokens_per_unit}, {v.num_retained}" for v in videos) or "-",
+                str(sum(p.row == row and p.item.kind == "image" for p in plan.items)),
+                str(plan.num_tokens[row]),
+                str(plan.padded_length),
+                str(plan.num_supervised[row]),
+            )
+    return table
+
+
+def show_summary(recipe: Recipe, summary: Summary, export: Export | None, console: Console) -> None:
+    """Print the closing table and the commands that serve what was exported."""
+    table = Table(show_header=False, title=f"{recipe.recipe}: done in {summary.seconds:.0f} s of training")
+    table.add_row("steps", str(summary.steps))
+    table.add_row("loss, first and last logged", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f}")
+    table.add_row("mean pruning rate", f"{summary.mean_rate:.3f}")
+    table.add_row("video tokens, before and after", f"{summary.video_tokens_before:,} -> {summary.video_tokens_after:,}")
+    table.add_row("tokens/s (after pruning)", f"{summary.tokens_per_second:,.0f}")
+    table.add_row("metrics", f"{recipe.output_dir}/metrics.jsonl")
+    if export is not None:
+        table.add_row("exported", str(export.path))
+    console.print(table)
+    if export is not None:
+        console.print("Serve it:")
+        for line in export.serving:
+            console.print(f"\n# {line.engine} (reads: {line.reads}) {line.note}", markup=False, highlight=False)
+            console.print(line.command, markup=False, highlight=False, soft_wrap=True)

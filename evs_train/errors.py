@@ -1,0 +1,53 @@
+"""Exceptions a user can meet, each with the exit code and the hint that go with it.
+
+Every error raised for something the user wrote or owns (a recipe, a row, a media file, a checkpoint) is an `EvsTrainError`.
+Entry points print it as one line, without a traceback, and leave with its exit code; see `report`. Anything else that
+escapes is a defect of this package and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+class EvsTrainError(Exception):
+    """Base of all errors shown to the user as one line: `message`, then the `hint` that says what to do.
+
+    Args:
+        message: what is wrong, naming the file, row or key.
+        hint: what to do about it; may be empty.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class RecipeError(EvsTrainError):
+    """The recipe or a command-line override is wrong: unknown key, bad value, missing file."""
+
+
+class DataError(EvsTrainError):
+    """A row of a data file is malformed or contradicts itself."""
+
+
+class MediaError(EvsTrainError):
+    """A video or image file is missing or cannot be decoded."""
+
+
+class ModelError(EvsTrainError):
+    """A checkpoint cannot be used: unsupported architecture, missing files, tensor names that differ."""
+
+
+def report(error: EvsTrainError) -> int:
+    """Print `error` for a person on stderr and return the exit code of the process."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  hint: {error.hint}", file=sys.stderr)
+    return error.exit_code

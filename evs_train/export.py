@@ -1,0 +1,206 @@
+"""A finished run to a checkpoint that serving engines load: weights merged, and the pruning rate in config.json.
+
+Everything but weights comes from the base checkpoint unchanged (config.json, tokenizer, processor, templates), with
+`video_pruning_rate` added at the top level of config.json; engines that know the base model then know the export.
+
+Invariant: the tensors of the export have the names of the base checkpoint's, or there is no export. It is written beside
+its destination and renamed, so a torn one is never seen. Cost: the model once in memory, on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from evs_train.config import ModelSection, Recipe, parse_recipe
+from evs_train.errors import ModelError, RecipeError
+from evs_train.models.loading import load_config, load_weights
+from evs_train.serving import ServingLine, launch_lines
+
+RECORD = "evs_train_record.json"
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
+_NAMES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how to serve it."""
+
+    path: Path
+    pruning_rate: float
+    serving: list[ServingLine]
+
+
+def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path | None = None) -> Export:
+    """Export the final model of a run.
+
+    Args:
+        run_dir: `output_dir` of a finished run.
+        rate: `video_pruning_rate` to write, 0 <= rate < 1; default: the recipe's `export.rate`.
+        out: destination; default: the recipe's `export.dir`, or `export` in the run's folder. An older export there is
+            replaced, anything else is not.
+
+    Raises:
+        RecipeError: the run is not finished, or `rate` is out of range.
+        ModelError: the base cannot be read, the destination is taken, or tensor names differ from the base's.
+    """
+    run = Path(run_dir)
+    record_file = run / "record.json"
+    if not record_file.is_file() or not (run / "final").is_dir():
+        raise RecipeError(f"{run} holds no finished run", "it needs record.json and final/, which training writes")
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    recipe = parse_recipe(record["recipe"], str(record_file))
+    rate = recipe.export.rate if rate is None else rate
+    if not 0.0 <= rate < 1.0:
+        raise RecipeError(f"rate must be in [0, 1), got {rate}")
+    destination = Path(out or recipe.export.dir or run / "export")
+    if destination.exists() and not (destination / RECORD).is_file():
+        raise ModelError(f"{destination} exists and is not an export", "name another folder with out=DIR")
+
+    base = _base_folder(recipe.model)
+    model = _trained_model(recipe, run / "final", base)
+    staging = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    _match_names(model, base, staging)
+    _copy_files(base, staging)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    _write_json(staging / "config.json", {**config, "video_pruning_rate": rate})
+    _write_json(staging / RECORD, {**record, "video_pruning_rate": rate})
+    serving = launch_lines(config["model_type"], str(destination), rate)
+    (staging / "README.md").write_text(_model_card(recipe, record, rate, serving), encoding="utf-8")
+    if destination.exists():
+        shutil.rmtree(destination)
+    staging.rename(destination)
+    return Export(destination, rate, serving)
+
+
+def tensor_names(folder: Path) -> dict[str, Path]:
+    """Names of all tensors in the safetensors files of `folder`, each with its file."""
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
+    return names
+
+
+def _base_folder(model: ModelSection) -> Path:
+    """Folder of the base checkpoint; for a hub name, its copy in the cache that training filled."""
+    if Path(model.path).is_dir():
+        return Path(model.path)
+    return Path(snapshot_download(model.path, revision=model.revision))
+
+
+def _trained_model(recipe: Recipe, final: Path, base: Path) -> PreTrainedModel:
+    """The trained model on the CPU in the dtype of the base's weights, adapters merged."""
+    name, file = next(iter(tensor_names(base).items()))
+    with safe_open(file, framework="pt") as tensors:
+        dtype: torch.dtype = tensors.get_tensor(name).dtype
+    config = load_config(str(base))
+    if recipe.tuning.method == "full":
+        return load_weights(recipe.model.model_copy(update={"path": str(final), "revision": None}), config, dtype)
+    model = load_weights(recipe.model.model_copy(update={"path": str(base), "revision": None}), config, dtype)
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, str(final)).merge_and_unload(safe_merge=True)
+    return merged
+
+
+def _match_names(model: PreTrainedModel, base: Path, staging: Path) -> None:
+    """Make the tensor names in `staging` those of `base`, or raise ModelError with the differences.
+
+    Two kinds of missing tensors are right and are added: those the base repeats for a tied weight, and those that the
+    architecture does not load (written as they were).
+    """
+    expected, written = tensor_names(base), tensor_names(staging)
+    state = model.state_dict()
+    not_loaded = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
+    added: dict[str, torch.Tensor] = {}
+    for name in expected.keys() - written.keys():
+        if name in state:
+            added[name] = state[name].clone()
+        elif not_loaded.search(name):
+            with safe_open(expected[name], framework="pt") as tensors:
+                added[name] = tensors.get_tensor(name)
+    missing = expected.keys() - written.keys() - added.keys()
+    surplus = written.keys() - expected.keys()
+    if missing or surplus:
+        raise ModelError(
+            f"the tensor names differ from the base checkpoint's ({base}): "
+            f"{len(missing)} missing: {_shown(missing)}; {len(surplus)} too many: {_shown(surplus)}",
+            "nothing was exported; the run's final/ is intact",
+        )
+    if added:
+        _add_shard(staging, added)
+
+
+def _add_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Add `tensors` as one more file to the checkpoint in `folder`, and rewrite its index."""
+    files = tensor_names(folder)
+    extra = "model-extra.safetensors"
+    save_file(tensors, folder / extra, metadata={"format": "pt"})
+    weight_map = {name: file.name for name, file in files.items()} | dict.fromkeys(tensors, extra)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def _copy_files(base: Path, staging: Path) -> None:
+    for pattern in _COPIED:
+        for file in base.glob(pattern):
+            if not file.name.endswith(".index.json"):
+                shutil.copyfile(file, staging / file.name)
+
+
+def _model_card(recipe: Recipe, record: dict[str, Any], rate: float, serving: list[ServingLine]) -> str:
+    rates = record["pruning_rates"]
+    commands = "\n\n".join(f"# {line.engine} (reads: {line.reads}). {line.note}\n{line.command}" for line in serving)
+    return f"""---
+base_model: {recipe.model.path}
+library_name: transformers
+pipeline_tag: video-text-to-text
+tags: [efficient-video-sampling, video-token-pruning]
+---
+
+# {recipe.model.path}, uptrained for Efficient Video Sampling
+
+Uptrained with stochastic video-token pruning ([arXiv 2510.14624](https://arxiv.org/abs/2510.14624)) by evs_train. Its
+`config.json` carries `video_pruning_rate: {rate}`: the share of video tokens that serving should drop.
+
+| | |
+|---|---|
+| recipe | {recipe.recipe} ({recipe.tuning.method}), {record["num_steps"]} steps of {record["global_batch"]} rows |
+| pruning rates in training | mean {rates["mean"]:.3f}; percentiles {rates["percentiles"]} |
+| scores computed in | {recipe.model.dtype if recipe.evs.score_dtype == "model" else "float32"} |
+| rows | {record["num_samples"]}, fingerprint {record["data_fingerprint"][:16]} |
+| versions | {", ".join(f"{name} {version}" for name, version in record["versions"].items())} |
+
+The whole record is in `{RECORD}`. No accuracy is claimed here: measure it at the rate you serve.
+
+## Serving
+
+```
+{commands}
+```
+"""
+
+
+def _shown(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:_NAMES_SHOWN]) + (" ..." if len(ordered) > _NAMES_SHOWN else "") or "none"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

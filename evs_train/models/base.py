@@ -1,0 +1,105 @@
+"""What a model family must say of itself, and nothing more.
+
+An adapter knows how a processor's output becomes token ids and encoder inputs, how many units and tokens each video
+has (host integers), which positions the tokens take, and how the encoder is called. Pruning, batching and training know
+none of this; adding a family is one file beside this one and one line in `models/__init__.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from evs_train.config import Part
+from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.video import Clip
+
+Features = list[Tensor]
+"""Everything the encoder says of one video or image, each (num_tokens, D): pooled embeddings, then deepstack layers."""
+
+
+class Family(ABC):
+    """Adapter of one model family.
+
+    Class attributes:
+        model_type: `model_type` of the checkpoint's config.json.
+        parts: the module-name prefixes of each trainable part, relative to the plain model.
+        unused: module-name prefixes that video training never runs; always frozen.
+        lora_targets: default names of the linear layers that get adapters.
+        shares_encoder: images and videos run through the same modules, so either one gives all of them a gradient.
+    """
+
+    model_type: ClassVar[str]
+    parts: ClassVar[Mapping[Part, tuple[str, ...]]]
+    unused: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar[tuple[str, ...]]
+    shares_encoder: ClassVar[bool]
+
+    def __init__(
+        self, config: Any, processor: Any, video_kwargs: Mapping[str, Any] = {}, image_kwargs: Mapping[str, Any] = {}
+    ) -> None:
+        self.config = config
+        self.processor = processor
+        self.video_kwargs = dict(video_kwargs)
+        self.image_kwargs = dict(image_kwargs)
+
+    @property
+    def pad_token_id(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+    @abstractmethod
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+        """Expand the placeholders of one rendered conversation and preprocess its media (see `Prepared`)."""
+
+    def position_ids(self, prepared: Prepared) -> Tensor | None:
+        """Positions (P, L) int64 of the unpruned tokens, or None when the model takes none. Runs on the host."""
+        return None
+
+    @abstractmethod
+    def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
+        """Encode all videos, or all images, of a batch; one `Features` each, in the order of the batch."""
+
+    @abstractmethod
+    def num_encoder_calls(self, media: Media, kind: Kind) -> int:
+        """How often `encode` runs the vision tower for this batch."""
+
+    @abstractmethod
+    def blank(self, kind: Kind) -> Media:
+        """Encoder inputs of the smallest blank video or image (CPU), for ranks whose batch has none."""
+
+    @abstractmethod
+    def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
+        """`mm_encoder_outputs` for the forward, from the retained features of all media in reading order."""
+
+    def score_tensor(self, features: Features) -> Tensor:
+        """(num_tokens, D) tensor on which serving engines score this family. Default: the pooled embeddings."""
+        return features[0]
+
+    @staticmethod
+    def merge_media(media: Sequence[Media]) -> Media:
+        """Encoder inputs of several samples joined in order: tensors along dimension 0, lists end to end."""
+        merged: Media = {}
+        for name in sorted({name for one in media for name in one}):
+            values = [one[name] for one in media if name in one]
+            merged[name] = torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
+        return merged
+
+
+def reading_order(text: str, placeholders: Mapping[Kind, str], items: Mapping[Kind, Sequence[MediaItem]]) -> tuple[MediaItem, ...]:
+    """Media items in the order in which their placeholders stand in the rendered text."""
+    remaining = {kind: iter(of_kind) for kind, of_kind in items.items()}
+    kind_of = {placeholder: kind for kind, placeholder in placeholders.items()}
+    pattern = "|".join(re.escape(placeholder) for placeholder in kind_of)
+    return tuple(next(remaining[kind_of[found]]) for found in re.findall(pattern, text))
+
+
+def frames_tensor(clip: Clip) -> Tensor:
+    """Frames of a clip as processors take them: (F, H, W, 3) -> (F, 3, H, W) uint8."""
+    return torch.from_numpy(clip.frames).permute(0, 3, 1, 2)

@@ -1,0 +1,173 @@
+"""Checkpoints to a model ready to train: architecture check, weights, freezing, adapters, parameter groups.
+
+Invariant: exactly the parameters that the recipe names require a gradient, and each belongs to one part. A family's own
+pruning is switched off while training, or its video would be pruned twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from evs_train.config import PARTS, DataSection, ModelSection, OptimSection, Part, TuningSection
+from evs_train.errors import ModelError, RecipeError
+from evs_train.models import FAMILIES
+from evs_train.models.base import Family
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def load_config(path: str, revision: str | None = None) -> Any:
+    """The checkpoint's configuration, for a supported architecture only.
+
+    Raises:
+        ModelError: nothing readable is at `path`, or its architecture is not supported.
+    """
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{path} holds no config.json", "model.path is a checkpoint directory or a hub name")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the checkpoint {path} cannot be read: {reason}", "check model.path and model.revision") from error
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"the architecture '{config.model_type}' of {path} is not supported",
+            f"supported: {', '.join(sorted(FAMILIES))}; docs/adding-a-family.md says how to add one",
+        )
+    return config
+
+
+def load_family(model: ModelSection, data: DataSection) -> Family:
+    """The family's adapter with the checkpoint's processor; loads no weights."""
+    config = load_config(model.path, model.revision)
+    try:
+        processor = AutoProcessor.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the processor of {model.path} cannot be read: {reason}", "its files belong beside config.json") from error
+    return FAMILIES[config.model_type](config, processor, data.video_kwargs, data.image_kwargs)
+
+
+def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The plain transformers model in `dtype`, not pruning by itself.
+
+    Raises:
+        ModelError: weights are missing or do not fit.
+    """
+    if "video_pruning_rate" in config.to_dict():
+        config.video_pruning_rate = 0.0
+    try:
+        loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            model.path,
+            revision=model.revision,
+            config=config,
+            dtype=dtype,
+            attn_implementation=model.attn_implementation,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the weights of {model.path} cannot be loaded: {reason}") from error
+    loaded.config.use_cache = False
+    return loaded
+
+
+def without_weights(config: Any) -> PreTrainedModel:
+    """The plain model with its shapes and names only (meta device): enough to count and to plan."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    return model
+
+
+def part_of(name: str, family: Family | type[Family]) -> Part | None:
+    """Part that the parameter or module `name` of the plain or adapted model belongs to; None for unused ones."""
+    plain = name.removeprefix(_PEFT_PREFIX)
+    if plain.startswith(family.unused):
+        return None
+    for part, prefixes in family.parts.items():
+        if plain.startswith(prefixes):
+            return part
+    raise ModelError(f"the tensor {plain} belongs to no part of {family.model_type}", "its adapter in evs_train/models needs it")
+
+
+def apply_tuning(model: PreTrainedModel, family: Family, tuning: TuningSection) -> nn.Module:
+    """Freeze parts or add adapters, as the recipe says; returns the module to train.
+
+    Raises:
+        RecipeError: `tuning.lora.targets` names no linear layer of the chosen parts.
+    """
+    if tuning.method == "full":
+        for name, parameter in model.named_parameters():
+            part = part_of(name, family)
+            parameter.requires_grad_(part is not None and part not in tuning.freeze)
+        return model
+    targets = tuple(tuning.lora.targets or family.lora_targets)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.rsplit(".", 1)[-1] in targets
+        and part_of(name + ".", family) in tuning.lora.parts
+    ]
+    if not names:
+        raise RecipeError(
+            f"tuning.lora.targets: no linear layer of {', '.join(tuning.lora.parts)} is called {', '.join(targets)}",
+            f"the default for this family is {', '.join(family.lora_targets)}",
+        )
+    lora = tuning.lora
+    return get_peft_model(
+        model,
+        LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none"),
+    )
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """Parameters of one part, in numbers."""
+
+    part: str
+    trainable: int
+    total: int
+
+
+def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
+    """Trainable and total parameters by part, unused modules last."""
+    sizes: dict[str, list[int]] = {part: [0, 0] for part in (*PARTS, "unused")}
+    for name, parameter in model.named_parameters():
+        size = sizes[part_of(name, family) or "unused"]
+        count = parameter.numel() or int(torch.tensor(getattr(parameter, "ds_shape", (0,))).prod())
+        size[0] += count if parameter.requires_grad else 0
+        size[1] += count
+    return [PartSize(part, *counts) for part, counts in sizes.items() if counts[1]]
+
+
+def encoder_trains(model: nn.Module, family: Family) -> bool:
+    """Whether the vision tower or the projector has parameters that are trained."""
+    return any(p.requires_grad and part_of(n, family) in ("vision", "projector") for n, p in model.named_parameters())
+
+
+def parameter_groups(model: nn.Module, family: Family, optim: OptimSection) -> Iterator[dict[str, Any]]:
+    """Optimizer groups by part and decay; biases, norms and other vectors are not decayed.
+
+    The name of a group is `part` or `part_no_decay`.
+    """
+    grouped: dict[tuple[Part, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        part = part_of(name, family)
+        if parameter.requires_grad and part is not None:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor with its old shape
+            grouped.setdefault((part, len(shape) > 1), []).append(parameter)
+    for (part, decays), parameters in grouped.items():
+        yield {
+            "name": part if decays else f"{part}_no_decay",
+            "params": parameters,
+            "lr": optim.lr_by_part.get(part, optim.lr),
+            "weight_decay": optim.weight_decay if decays else 0.0,
+        }

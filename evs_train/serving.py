@@ -1,0 +1,111 @@
+"""How each serving engine is told the pruning rate, as commands for the export's output and the model card.
+
+Invariant: every family lists every engine, and every command is a template in one literal table, checked against the
+engines' public sources; `docs/serving.md` holds the source of each entry and what could not be verified.
+
+Cost: none. What it does NOT do: start an engine, look at the checkpoint, or choose the rate.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from string import Template
+from typing import Literal
+
+from evs_train.errors import ModelError, RecipeError
+
+Reads = Literal["config.json", "flag", "environment", "unsupported"]
+
+
+@dataclass(frozen=True)
+class ServingLine:
+    """One engine's launch command for one checkpoint.
+
+    Attributes:
+        engine: the engine's name.
+        command: one shell line; for an `unsupported` engine it serves the checkpoint dense.
+        reads: where the engine takes the rate from; `unsupported` means it prunes nothing for this family.
+        note: what an operator must know, one or two sentences.
+    """
+
+    engine: str
+    command: str
+    reads: Reads
+    note: str
+
+
+_VLLM_NOTE = "vLLM does not read video_pruning_rate from config.json: without the flag it serves dense."
+# In `command`, $checkpoint and $rate are replaced.
+ENGINES: dict[str, dict[str, ServingLine]] = {
+    "qwen3_vl": {
+        "vLLM": ServingLine(
+            engine="vLLM",
+            command="vllm serve $checkpoint --video-pruning-rate $rate",
+            reads="flag",
+            note=f"{_VLLM_NOTE} Use a version with pull request 33607; before it the prompt and the tokens disagreed.",
+        ),
+        "SGLang": ServingLine(
+            engine="SGLang",
+            command="python -m sglang.launch_server --model-path $checkpoint",
+            reads="unsupported",
+            note="Serves dense: pull request 20857, which adds the rate for Qwen3-VL, was closed without being merged.",
+        ),
+        "TensorRT-LLM": ServingLine(
+            engine="TensorRT-LLM",
+            command="trtllm-serve $checkpoint",
+            reads="unsupported",
+            note="Serves dense: its EVS is implemented for Nemotron multimodal models only.",
+        ),
+    },
+    "nemotron_h_omni": {
+        "vLLM": ServingLine(
+            engine="vLLM",
+            command="vllm serve $checkpoint --trust-remote-code --video-pruning-rate $rate",
+            reads="flag",
+            note=_VLLM_NOTE,
+        ),
+        "SGLang": ServingLine(
+            engine="SGLang",
+            command=(
+                "sglang serve --model-path $checkpoint --trust-remote-code"
+                """ --json-model-override-args '{"video_pruning_rate": $rate}'"""
+            ),
+            reads="config.json",
+            note="The override may be left out: then config.json's video_pruning_rate is used, which the export wrote.",
+        ),
+        "TensorRT-LLM": ServingLine(
+            engine="TensorRT-LLM",
+            command="trtllm-serve $checkpoint --trust_remote_code --video_pruning_rate $rate",
+            reads="flag",
+            note=(
+                "Does not read config.json. Releases before the flag take the environment variable"
+                " TLLM_VIDEO_PRUNING_RATIO; newer ones also multimodal_config.video_pruning_rate in the --config file."
+            ),
+        ),
+    },
+}
+
+
+def launch_lines(family: str, checkpoint: str, pruning_rate: float) -> list[ServingLine]:
+    """Return one launch line per engine for a checkpoint of `family`, engines that honour the rate first.
+
+    Args:
+        family: model type as in config.json, a key of `ENGINES`.
+        checkpoint: folder or hub name; quoted for the shell.
+        pruning_rate: share of the video tokens to drop, in [0, 1).
+
+    Raises:
+        ModelError: no engine is listed for this family.
+        RecipeError: the rate is outside [0, 1).
+    """
+    if family not in ENGINES:
+        raise ModelError(f"no serving commands are known for family {family!r}", f"known: {', '.join(ENGINES)}")
+    if not 0 <= pruning_rate < 1:
+        raise RecipeError(f"pruning rate must be in 0 <= rate < 1, got {pruning_rate}")
+    values = {"checkpoint": shlex.quote(checkpoint), "rate": str(float(pruning_rate))}
+    lines = [
+        ServingLine(line.engine, Template(line.command).substitute(values), line.reads, line.note)
+        for line in ENGINES[family].values()
+    ]
+    return sorted(lines, key=lambda line: line.reads == "unsupported")

@@ -1,0 +1,188 @@
+"""The training loop: transformers' Trainer with a fixed draw order, an exact token-weighted loss, and EVS metrics.
+
+What differs from the plain Trainer, and why:
+- the sampler is sequential over the draws of `data/batches.py`, so order and rates do not depend on world size;
+- the loss is the sum over supervised tokens divided by their number over all ranks and micro-batches. (transformers'
+  Qwen classes say `accepts_loss_kwargs = False`, which would average averages; their forward does take the count.)
+- learning rates by part, and metrics that say what pruning did.
+
+Invariant: one optimizer step's loss and gradient are the same for any split of its draws over ranks and micro-batches,
+up to rounding. Cost over the plain Trainer: one gather of supervised logits without gradient per micro-batch for the
+loss by rate, and one all-reduce of a few numbers per log.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from evs_train.collate import BatchPlan, EvsHook
+from evs_train.config import OptimSection
+from evs_train.data.chat import IGNORE_INDEX
+from evs_train.models.loading import parameter_groups
+
+RATE_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Upper ends (inclusive) of the buckets in which the loss is reported; the first holds dense samples only."""
+
+_COUNTS = ("rows", "rate", "tokens", "padding", "supervised", "video_tokens_before", "video_tokens_after")
+
+
+def bucket_of(pruning_rate: float) -> int:
+    """Index in `RATE_BUCKETS` of the bucket that holds `pruning_rate`."""
+    return next(index for index, end in enumerate(RATE_BUCKETS) if pruning_rate <= end)
+
+
+def bucket_name(index: int) -> str:
+    """Metric name of a bucket, such as `loss/rate_0.5-0.75`."""
+    return "loss/rate_0" if index == 0 else f"loss/rate_{RATE_BUCKETS[index - 1]:g}-{RATE_BUCKETS[index]:g}"
+
+
+class Tally:
+    """Sums since the last log, and since the start: what was pruned, and the loss by rate. Local to a rank."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = dict.fromkeys(_COUNTS, 0.0)
+        self._counts = dict.fromkeys(_COUNTS, 0.0)
+        self._bucket_tokens = [0.0] * len(RATE_BUCKETS)
+        self._bucket_loss: Tensor | None = None
+
+    def add(self, plan: BatchPlan, logits: Tensor, labels: Tensor) -> None:
+        """Count one micro-batch. `logits` (B, L, V) and `labels` (B, L) are those of the pruned batch."""
+        seen = {
+            "rows": len(plan.draws),
+            "rate": sum(plan.rates),
+            "tokens": sum(plan.num_tokens),
+            "padding": plan.padded_length * len(plan.draws) - sum(plan.num_tokens),
+            "supervised": sum(plan.num_supervised),
+            "video_tokens_before": plan.video_tokens_before,
+            "video_tokens_after": plan.video_tokens_after,
+        }
+        for name, value in seen.items():
+            self._counts[name] += value
+        buckets = [bucket_of(rate) for rate in plan.rates]
+        for bucket, count in zip(buckets, plan.num_supervised, strict=True):
+            self._bucket_tokens[bucket] += count
+        if self._bucket_loss is None:
+            self._bucket_loss = torch.zeros(len(RATE_BUCKETS), device=logits.device, dtype=torch.float64)
+        # The positions are found by a sort, not by a boolean mask: their number is known, so nothing synchronises.
+        targets = labels[:, 1:].flatten()
+        places = torch.argsort((targets == IGNORE_INDEX).int(), stable=True)[: sum(plan.num_supervised)]
+        predicted = logits.detach()[:, :-1].flatten(0, 1)[places]  # (S, V)
+        losses = F.cross_entropy(predicted.float(), targets[places], reduction="none")
+        of_row = torch.tensor(buckets, device=logits.device).repeat_interleave(
+            torch.tensor(plan.num_supervised, device=logits.device), output_size=sum(plan.num_supervised)
+        )
+        self._bucket_loss.index_add_(0, of_row, losses.double())
+
+    def collect(self, reduce: Any, device: torch.device) -> dict[str, float]:
+        """Counts and bucket losses since the last call, summed over ranks by `reduce(tensor)`."""
+        losses = torch.zeros(len(RATE_BUCKETS), dtype=torch.float64) if self._bucket_loss is None else self._bucket_loss
+        counts = torch.tensor([*self._counts.values(), *self._bucket_tokens], dtype=torch.float64)
+        summed = reduce(torch.cat([counts.to(device), losses.to(device)])).tolist()
+        collected = dict(zip(_COUNTS, summed, strict=False))
+        for name, value in collected.items():
+            self.total[name] += value
+        tokens = summed[len(_COUNTS) : -len(RATE_BUCKETS)]
+        for index, (count, loss) in enumerate(zip(tokens, summed[-len(RATE_BUCKETS) :], strict=True)):
+            if count:
+                collected[bucket_name(index)] = loss / count
+        self._counts = dict.fromkeys(_COUNTS, 0.0)
+        self._bucket_tokens = [0.0] * len(RATE_BUCKETS)
+        self._bucket_loss = None
+        return collected
+
+
+class UptrainTrainer(Trainer):
+    """Trainer of a model whose batches are pruned by `hook`. See the module's docstring for what differs."""
+
+    def __init__(self, *, hook: EvsHook, optim: OptimSection, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(args=args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+        self.hook = hook
+        self.optim_section = optim
+        self.tally = Tally()
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        self._last_log = time.perf_counter()
+        hook.autocast = self.accelerator.autocast
+        hook.attach(self.model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = list(parameter_groups(model, self.hook.family, self.optim_section))
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        def batches() -> Iterator[Any]:
+            for batch in epoch_iterator:
+                if "error" in batch:
+                    raise batch["error"]
+                yield batch
+
+        with self.hook.stopwatch.section("data", device=False):
+            return super().get_batch_samples(batches(), num_batches, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        plan: BatchPlan = inputs["plan"]
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            self.tally.add(plan, outputs["logits"], self.hook.labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._pruning_metrics()}
+            self.losses.append(logs["loss"])
+        super().log(logs, start_time)
+
+    def _pruning_metrics(self) -> dict[str, float]:
+        """Metrics since the last log, over all ranks (times: of this rank). Called on every rank."""
+        now = time.perf_counter()
+        elapsed, self._last_log = now - self._last_log, now
+        self.seconds += elapsed
+        sums = self.tally.collect(lambda t: self.accelerator.reduce(t, "sum"), self.args.device)
+        times = self.hook.stopwatch.collect()
+        metrics = {name: value for name, value in sums.items() if name.startswith("loss/")}
+        metrics |= {
+            "evs/rate": sums["rate"] / max(sums["rows"], 1),
+            "evs/video_tokens_before": sums["video_tokens_before"],
+            "evs/video_tokens_after": sums["video_tokens_after"],
+            "evs/supervised_tokens": sums["supervised"],
+            "evs/padding": sums["padding"] / max(sums["padding"] + sums["tokens"], 1),
+            "speed/tokens_per_second": sums["tokens"] / elapsed,
+            "speed/samples_per_second": sums["rows"] / elapsed,
+            **{f"time/{name}": seconds for name, seconds in times.items()},
+            "time/rest": elapsed - sum(times.values()),
+            "memory/peak_gib": _peak_memory() / 2**30,
+        }
+        if self.lr_scheduler is not None and self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                metrics[f"lr/{group['name'].removesuffix('_no_decay')}"] = float(group["lr"])
+        return metrics
+
+
+def _peak_memory() -> int:
+    """Bytes: the device's peak allocation, or this process's largest resident size on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

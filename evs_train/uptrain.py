@@ -1,0 +1,280 @@
+"""One uptraining run, from a recipe to a trained model on disk: wires data, model, hook and trainer.
+
+Everything that can be refused without weights is checked before weights are loaded. The run's folder holds
+`record.json` (recipe, data fingerprint, rate distribution, versions), `metrics.jsonl`, `pictures/`, checkpoints and
+`final/`. `export.py` makes a servable checkpoint of it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import netrc
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+from filelock import FileLock
+from torch import nn
+from transformers import ProgressCallback, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from evs_train import samplers
+from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine
+from evs_train.collate import BatchPlan, Collator, EvsHook
+from evs_train.config import Recipe
+from evs_train.data import manifest, synthetic
+from evs_train.data.batches import TrainingStream
+from evs_train.data.video import FrameSampling
+from evs_train.errors import RecipeError
+from evs_train.models.base import Family
+from evs_train.models.loading import PartSize, apply_tuning, encoder_trains, load_family, load_weights, part_sizes, without_weights
+from evs_train.models.tiny import build_tiny
+from evs_train.trainer import UptrainTrainer
+
+DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
+_RECORDED_PACKAGES = ("evs-train", "torch", "transformers", "peft", "accelerate", "deepspeed", "decord2")
+_PICTURES_PER_STEP = 4
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did, in numbers for its closing table. Tokens and seconds are those of this run, over all ranks."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    mean_rate: float
+    video_tokens_before: int
+    video_tokens_after: int
+    tokens_per_second: float
+    seconds: float
+
+
+class Run:
+    """A run whose inputs are read and checked; `train` loads the weights and trains.
+
+    Raises (from the constructor):
+        RecipeError, DataError, MediaError, ModelError: what is wrong, before any weights are loaded.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        if recipe.demo is not None:
+            _build_demo(recipe)
+        self.samples = manifest.read_rows(recipe.data.rows, recipe.data.media_root)
+        self.family: Family = load_family(recipe.model, recipe.data)
+        self.sampler = samplers.build_sampler(recipe.evs.rate)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.global_batch = recipe.train.batch_size * recipe.train.grad_accumulation * world_size
+        self.num_steps = recipe.train.steps or math.ceil(recipe.train.epochs * len(self.samples) / self.global_batch)
+        self.collator = Collator(
+            sampler=self.sampler,
+            seed=recipe.seed,
+            global_batch=self.global_batch,
+            pad_token_id=self.family.pad_token_id,
+            merge_media=self.family.merge_media,
+            per_sample=recipe.evs.scope == "sample",
+            cap=recipe.evs.cap,
+        )
+        self.stream = TrainingStream(
+            samples=self.samples,
+            encoder=self.family,
+            sampling=frame_sampling(recipe),
+            num_draws=self.num_steps * self.global_batch,
+            seed=recipe.seed,
+            template_kwargs=recipe.data.template_kwargs,
+            max_length=recipe.data.max_length,
+            picture_draws=self._picture_draws(),
+        )
+
+    def plan_batches(self, count: int) -> list[BatchPlan]:
+        """Plans of the first `count` micro-batches of this process, as if it were alone."""
+        size = self.recipe.train.batch_size
+        return [
+            self.collator.plan([self.stream.read(draw) for draw in range(first, first + size)])
+            for first in range(0, min(count * size, len(self.stream)), size)
+        ]
+
+    def part_sizes(self) -> list[PartSize]:
+        """What would be trained, without reading any weights."""
+        with torch.device("meta"):
+            model = apply_tuning(without_weights(self.family.config), self.family, self.recipe.tuning)
+        return part_sizes(model, self.family)
+
+    def load_model(self) -> nn.Module:
+        """The model as it will be trained: weights loaded, parts frozen, adapters added."""
+        recipe = self.recipe
+        # Full bfloat16 training needs float32 weights to step on: DeepSpeed keeps its own, otherwise the model does.
+        keeps_float32 = recipe.model.dtype == "float32" or (recipe.tuning.method == "full" and recipe.deepspeed is None)
+        set_seed(recipe.seed)  # adapters start equal on every rank
+        plain = load_weights(recipe.model, self.family.config, torch.float32 if keeps_float32 else torch.bfloat16)
+        return apply_tuning(plain, self.family, recipe.tuning)
+
+    def train(self, report_parts: Callable[[list[PartSize]], None] = lambda parts: None) -> Summary:
+        """Train and save to `output_dir/final`; every process must call it."""
+        recipe = self.recipe
+        args = self._training_arguments()  # before the weights: ZeRO-3 partitions them as they are read
+        model = self.load_model()
+        sizes = part_sizes(model, self.family)
+        plain = model.get_base_model() if recipe.tuning.method == "lora" else model
+        hook = EvsHook(
+            family=self.family,
+            model=plain,
+            engine_score=recipe.evs.score == "engine",
+            float32_score=recipe.evs.score_dtype == "float32",
+            encoder_trains=encoder_trains(model, self.family),
+            equal_calls=is_deepspeed_zero3_enabled(),
+        )
+        output = Path(recipe.output_dir)
+        trainer = UptrainTrainer(
+            hook=hook,
+            optim=recipe.optim,
+            args=args,
+            model=model,
+            data_collator=self.collator,
+            train_dataset=self.stream,
+            callbacks=[
+                JsonlCallback(output / "metrics.jsonl", recipe.train.resume),
+                PictureCallback(hook, output / "pictures"),
+            ],
+        )
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(ProgressLine)
+        if trainer.is_world_process_zero():
+            report_parts(sizes)
+            self._write_record(output)
+        trainer.train(resume_from_checkpoint=recipe.train.resume or None)
+        trainer.save_model(str(output / "final"))
+        total = trainer.tally.total
+        return Summary(
+            steps=trainer.state.global_step,
+            first_loss=trainer.losses[0],
+            last_loss=trainer.losses[-1],
+            mean_rate=total["rate"] / total["rows"],
+            video_tokens_before=int(total["video_tokens_before"]),
+            video_tokens_after=int(total["video_tokens_after"]),
+            tokens_per_second=total["tokens"] / trainer.seconds,
+            seconds=trainer.seconds,
+        )
+
+    def _picture_draws(self) -> frozenset[int]:
+        """Draws of the first process whose kept patches are drawn."""
+        train = self.recipe.train
+        if train.pictures_every is None:
+            return frozenset()
+        world_batch = self.global_batch // train.grad_accumulation
+        of_step = [micro * world_batch + row for micro in range(train.grad_accumulation) for row in range(train.batch_size)]
+        return frozenset(
+            step * self.global_batch + draw
+            for step in range(0, self.num_steps, train.pictures_every)
+            for draw in of_step[:_PICTURES_PER_STEP]
+        )
+
+    def _training_arguments(self) -> TrainingArguments:
+        recipe, train, optim = self.recipe, self.recipe.train, self.recipe.optim
+        on_cpu = not torch.cuda.is_available()
+        if recipe.tracking.wandb:
+            _prepare_wandb(recipe)
+        return TrainingArguments(
+            output_dir=recipe.output_dir,
+            run_name=recipe.tracking.name or recipe.recipe,
+            seed=recipe.seed,
+            max_steps=self.num_steps,
+            per_device_train_batch_size=train.batch_size,
+            gradient_accumulation_steps=train.grad_accumulation,
+            average_tokens_across_devices=True,
+            learning_rate=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            warmup_steps=math.ceil(optim.warmup_ratio * self.num_steps),
+            lr_scheduler_type=optim.scheduler,
+            max_grad_norm=optim.max_grad_norm,
+            activation_checkpointing=train.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            bf16=recipe.model.dtype == "bfloat16",
+            use_cpu=on_cpu,
+            ddp_backend="gloo" if on_cpu else None,
+            deepspeed=None if recipe.deepspeed is None else str(deepspeed_file(recipe.deepspeed)),
+            dataloader_num_workers=recipe.data.num_workers,
+            dataloader_pin_memory=not on_cpu,
+            remove_unused_columns=False,
+            logging_steps=train.log_every,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # it would hide a NaN while the optimizer still steps
+            save_strategy="no" if train.save_every is None else "steps",
+            save_steps=train.save_every or 0.5,
+            save_total_limit=train.keep_checkpoints,
+            report_to=["wandb"] if recipe.tracking.wandb else [],
+        )
+
+    def _write_record(self, output: Path) -> None:
+        record = {
+            "recipe": self.recipe.model_dump(),
+            "num_steps": self.num_steps,
+            "global_batch": self.global_batch,
+            "num_samples": len(self.samples),
+            "data_fingerprint": manifest.fingerprint(self.samples),
+            "pruning_rates": samplers.describe(self.sampler),
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+        }
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def frame_sampling(recipe: Recipe) -> FrameSampling:
+    """How the recipe samples frames; 2 per second when it says nothing."""
+    data = recipe.data
+    fps = 2.0 if data.fps is None and data.num_frames is None else data.fps
+    return FrameSampling(fps=fps, num_frames=data.num_frames, min_frames=data.min_frames, max_frames=data.max_frames)
+
+
+def deepspeed_file(name: str) -> Path:
+    """The DeepSpeed configuration that the recipe names: a shipped one, or the path of a JSON file."""
+    path = Path(name) if name.endswith(".json") else DEEPSPEED_DIR / f"{name}.json"
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in DEEPSPEED_DIR.glob("*.json")))
+        raise RecipeError(f"deepspeed: there is no configuration '{name}'", f"shipped: {shipped}; or the path of a JSON file")
+    return path
+
+
+def _build_demo(recipe: Recipe) -> None:
+    """Write the clips and the checkpoint that a demo recipe trains on, unless they are there. One process builds."""
+    demo = recipe.demo
+    assert demo is not None
+    data = Path(recipe.data.rows[0]).parent
+    data.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(data) + ".lock"):
+        synthetic.write_dataset(
+            data, num_clips=demo.num_clips, seed=recipe.seed, size=demo.size, num_frames=demo.num_frames
+        )
+        build_tiny(demo.family, Path(recipe.model.path), seed=recipe.seed)
+
+
+def _prepare_wandb(recipe: Recipe) -> None:
+    """Send W&B's files to the run's folder, and never prompt: without a key the run is offline."""
+    tracking = recipe.tracking
+    os.environ.setdefault("WANDB_PROJECT", tracking.project)
+    os.environ.setdefault("WANDB_DIR", recipe.output_dir)
+    if tracking.tags:
+        os.environ.setdefault("WANDB_TAGS", ",".join(tracking.tags))
+    if not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
+        os.environ.setdefault("WANDB_MODE", "offline")
+    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
+
+
+def _netrc_has_wandb() -> bool:
+    """Whether `wandb login` left a key for the server in use."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,45 @@
+"""Entry of a training run: `torchrun --nproc_per_node N launch/uptrain.py recipe=NAME key.sub=value ...`.
+
+Leaves with 0 when the run is done and exported, and with 2 when something the user gave is wrong; one line says what.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from evs_train.config import load_recipe
+from evs_train.errors import EvsTrainError, report
+
+
+def main(arguments: list[str]) -> int:
+    """Run the recipe that `arguments` name; returns the exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader forks; tokenizers would warn at every batch
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        recipe = load_recipe(arguments)
+        from rich.console import Console  # noqa: PLC0415 (a bad recipe is answered before torch is imported)
+
+        from evs_train import console as show  # noqa: PLC0415
+        from evs_train.export import export_run  # noqa: PLC0415
+        from evs_train.uptrain import Run  # noqa: PLC0415
+
+        run = Run(recipe)
+        console = Console(quiet=not first)
+        if recipe.dry_run:
+            show.show_dry_run(run, console)
+            return 0
+    except EvsTrainError as error:  # every process meets the same fault; one of them says it
+        return report(error) if first else error.exit_code
+    try:
+        summary = run.train(lambda parts: console.print(show.parts_table(parts)))
+        if first:
+            export = export_run(recipe.output_dir) if recipe.export.enabled else None
+            show.show_summary(recipe, summary, export, console)
+    except EvsTrainError as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
