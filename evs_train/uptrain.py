@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 from transformers import ProgressCallback, TrainingArguments, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from evs_train import samplers
 from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine
@@ -119,7 +119,12 @@ class Run:
     def train(self, report_parts: Callable[[list[PartSize]], None] = lambda parts: None) -> Summary:
         """Train and save to `output_dir/final`; every process must call it."""
         recipe = self.recipe
-        args = self._training_arguments()  # before the weights: ZeRO-3 partitions them as they are read
+        args = self._training_arguments()
+        # ZeRO-3 partitions weights as they are read, over a process group that DeepSpeed must know of by then.
+        if args.device and recipe.deepspeed is not None:  # reading `device` starts the process group
+            import deepspeed  # imported late: it is slow, and says so on stderr
+
+            deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         model = self.load_model()
         sizes = part_sizes(model, self.family)
         plain = model.get_base_model() if recipe.tuning.method == "lora" else model
@@ -151,6 +156,9 @@ class Run:
             self._write_record(output)
         trainer.train(resume_from_checkpoint=recipe.train.resume or None)
         trainer.save_model(str(output / "final"))
+        unset_hf_deepspeed_config()  # or the model that the export loads would be partitioned, too
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         total = trainer.tally.total
         return Summary(
             steps=trainer.state.global_step,

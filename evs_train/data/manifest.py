@@ -203,9 +203,9 @@ def _message(
     for key in (role_key, content_key):
         if key not in turn:
             _missing(turn, (key,), where)
-    if turn[role_key] not in ROLES:
+    role, content = ROLES.get(str(turn[role_key])), turn[content_key]
+    if role is None:
         raise DataError(f'{where}: unknown role {turn[role_key]!r} in "{role_key}"', f"known are {', '.join(ROLES)}")
-    role, content = ROLES[turn[role_key]], turn[content_key]
     if not isinstance(content, str | list):
         raise DataError(f'{where}: "{content_key}" is {_kind(content)}', "it must be text or a list of parts")
     parts: list[Part] = []
