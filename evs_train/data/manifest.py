@@ -289,7 +289,7 @@ def _missing(found: dict[str, Any], wanted: tuple[str, ...], where: str) -> Any:
     near = [guess for key in wanted for guess in difflib.get_close_matches(key, found, n=1)]
     names = " or ".join(f'"{key}"' for key in wanted)
     keys = ", ".join(map(str, found)) or "none"
-    hint = f'did you mean {wanted[0] if len(wanted) == 1 else names} by "{near[0]}"?' if near else ""
+    hint = f'did you mean {names} by "{near[0]}"?' if near else ""
     raise DataError(f"{where} has no {names}; its keys: {keys}", hint)
 
 

@@ -16,6 +16,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
 from evs_train.config import PARTS, DataSection, ModelSection, OptimSection, Part, TuningSection
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES
@@ -76,6 +78,10 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"the weights of {model.path} cannot be loaded: {reason}") from error
     loaded.config.use_cache = False
+    if is_deepspeed_zero3_enabled():
+        # transformers 5.23 records all renamings it knows under ZeRO-3, used or not, and saving would apply them all
+        # in reverse: Qwen3-VL's layers would come out as `model.language_model.model.layers`.
+        loaded._weight_conversions = [rule for rule in loaded._weight_conversions if rule.was_used()]
     return loaded
 
 

@@ -136,7 +136,7 @@ def test_media_root_and_several_files(folder: Path) -> None:
         ({"conversations": []}, '"conversations" is empty'),
         ({"conversations": "x"}, '"conversations" is text'),
         ({"conversations": [3]}, "turn 1 is a number"),
-        ({"conversations": [{"from": "human", "values": "x"}]}, 'turn 1 has no "value".*did you mean "?value"? by "values"'),
+        ({"conversations": [{"from": "human", "values": "x"}]}, 'turn 1 has no "value".*did you mean "value" by'),
         ({"messages": [{"from": "human", "value": "x"}]}, 'turn 1 has no "role"; its keys: from, value'),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "turn 1: unknown role 'robot'"),
         ({"conversations": [{"from": ["x"], "value": "x"}]}, "turn 1: unknown role"),

@@ -194,6 +194,11 @@ def test_sample_indices_follow_time_not_index() -> None:
     assert sample_indices(times, FrameSampling(fps=1)) == [0, 3, 4, 5]
 
 
+def test_rounded_times_do_not_lose_the_last_frame() -> None:
+    times = np.array([0.0, 0.49999997, 0.99999994])
+    assert sample_indices(times, FrameSampling(fps=1)) == [0, 2]
+
+
 def test_sample_indices_never_repeat() -> None:
     for total in range(1, 60):
         for count in range(1, 61):
@@ -225,7 +230,7 @@ def test_missing_empty_and_foreign_files_are_refused(tmp_path: Path) -> None:
     for name, reason in [
         ("gone.mp4", "not found"),
         (".", "not a file"),
-        ("empty.mp4", "empty"),
+        ("empty.mp4", "file is empty"),
         ("text.mp4", "decoded"),
     ]:
         with pytest.raises(MediaError, match=f"{(tmp_path / name).name}.*{reason}"):
@@ -261,6 +266,22 @@ def test_damage_that_decord_hides_is_refused(tmp_path: Path, damage: str) -> Non
     path.write_bytes(data)
     with pytest.raises(MediaError, match=r"clip\.mp4: (damaged|cut off|cannot be decoded)"):
         read_video(path, FrameSampling(num_frames=2))
+
+
+@pytest.mark.parametrize(
+    ("first_kept", "reason"), [(13, "27 frames are listed, 16 can be decoded"), (37, "holds no video frame")]
+)
+def test_frames_without_their_key_frame_are_refused(tmp_path: Path, first_kept: int, reason: str) -> None:
+    """FFmpeg skips such frames without an error, where decord returns repeats for them."""
+    whole, headless = write_video(tmp_path / "whole.mp4", range(0, 4000, 100)), tmp_path / "headless.mp4"
+    with av.open(str(whole)) as source, av.open(str(headless), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for index, packet in enumerate(source.demux(video=0)):
+            if index >= first_kept and packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    with pytest.raises(MediaError, match=f"headless.mp4: {reason}"):
+        read_video(headless, FrameSampling(num_frames=2))
 
 
 def test_check_counts_frames_and_notices_a_changed_file(tmp_path: Path) -> None:

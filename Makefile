@@ -1,0 +1,44 @@
+# make uptrain   train, export and report the demo recipe (no GPU, no download of data or weights)
+# make test      the checks below, then the test suite
+# make check     lint, format, types, import layers
+# make clean     remove .venv, caches and the demo's inputs; runs/ stays
+#
+# Each target makes .venv and installs into it when it is missing or older than pyproject.toml or constraints.txt.
+# PYTHON names the interpreter that .venv is made with (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help uptrain test check clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
+
+uptrain: $(STAMP)
+	$(BIN)/torchrun --standalone --nproc_per_node 1 launch/uptrain.py recipe=tiny
+
+# One thread per worker: two workers with all cores each are slower than one.
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	find evs_train launch tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV). The first time this downloads several GB (torch brings the CUDA libraries) and takes minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "Installed: $$($(BIN)/python -c 'from importlib.metadata import version as v; print(*(f"{p} {v(p)}" for p in ("torch", "transformers", "deepspeed")), sep=", ")')"
+	@touch $@
