@@ -76,7 +76,7 @@ class PictureCallback(TrainerCallback):
             save_png(draw_kept(planned, selected), path)
             paths.append(path)
         if "wandb" in args.report_to:
-            import wandb  # imported late: only where it is used
+            import wandb  # noqa: PLC0415 (imported late: only where it is used)
 
             if wandb.run is not None:
                 wandb.log({"evs/kept": [wandb.Image(str(path)) for path in paths]}, commit=False)

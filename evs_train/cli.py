@@ -1,6 +1,6 @@
 """The `evs-train` command. Arguments are `key=value`, as in recipes.
 
-    evs-train export run=runs/tiny [rate=0.75] [out=DIR]
+`evs-train export run=runs/tiny [rate=0.75] [out=DIR]`
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Examples to a batch with its rate and plan (host half), and that batch to the pruned one (device half).
 
-The host half knows how many tokens every video keeps before anything is encoded (`evs.retained_tokens`), so it plans all
-shapes: which flat positions always stay, which belong to videos, and where each retained token goes. It pads on the
+The host half knows how many tokens every video keeps before anything is encoded (`evs.retained_tokens`), so it plans
+all shapes: which flat positions always stay, which belong to videos, and where each retained token goes. It pads on the
 right, which cannot reach earlier tokens in a causal model, hybrid or not. The device half is a forward pre-hook on the
 model that the trainer was given: it encodes the media once, lets EVS choose, and moves ids, labels, positions and
 features together by one index. It runs inside forward, hence inside DDP and DeepSpeed, and leaves the model's class,
@@ -258,7 +258,8 @@ class EvsHook:
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if "plan" not in kwargs:
             return None
-        batch = {key: kwargs.pop(key) for key in ("input_ids", "labels", "media", "plan", "index", "position_ids") if key in kwargs}
+        keys = ("input_ids", "labels", "media", "plan", "index", "position_ids")
+        batch: dict[str, Any] = {key: kwargs.pop(key) for key in keys if key in kwargs}
         plan: BatchPlan = batch["plan"]
         with self.autocast():
             with self.stopwatch.section("encoder"):

@@ -1,8 +1,9 @@
 """The recipe: one typed description of a run, read from YAML and dotted `key.sub=value` overrides.
 
 Invariant: a recipe that loads has no unknown key and no value of a wrong type or range, and all faults of a bad one are
-reported together, each with its key and, for a misspelt key, the nearest right one. Loading costs milliseconds: nothing
-of torch or transformers is imported here. What needs files or a model (does the checkpoint exist, is its architecture
+reported together, each with its key and, for a misspelt key, the nearest right one (what two keys of a
+section say together is checked once each of them is right by itself). Loading costs milliseconds: nothing of torch or
+transformers is imported here. What needs files or a model (does the checkpoint exist, is its architecture
 supported) is checked by whoever opens them.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -32,7 +34,9 @@ def _as_list(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    """Base of all sections: no unknown keys, no coercion, never changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -74,6 +78,9 @@ class DataSection(Section):
     max_length: int | None = Field(
         None, ge=1, description="refuse samples longer than this many tokens before pruning; nothing is truncated"
     )
+    verify: bool = Field(
+        True, description="decode each video once from end to end before its first use: finds damage that decord hides"
+    )
     num_workers: int = Field(2, ge=0, description="processes that decode and tokenize, per rank")
 
     @model_validator(mode="after")
@@ -88,7 +95,7 @@ class DataSection(Section):
 class EvsSection(Section):
     """How videos are pruned while training."""
 
-    rate: float | dict[str, Any] = Field(0.75, description="a fixed rate, or a sampler such as {kind: uniform, max: .9}")
+    rate: float | dict[str, Any] = Field(0.75, description="a fixed rate, or a sampler, such as {kind: beta, mode: 0.75}")
     scope: Literal["batch", "sample"] = Field("batch", description="one rate per optimizer step, or one per sample")
     cap: bool = Field(True, description="keep drawn rates low enough that more than the first unit is left")
     score: Literal["engine", "embeds"] = Field(
@@ -96,14 +103,15 @@ class EvsSection(Section):
     )
     score_dtype: Literal["model", "float32"] = Field("model", description="dtype of the scores")
 
-    @field_validator("rate")
+    @field_validator("rate", mode="plain")  # plain: it alone judges, or a union would report each of its members
     @classmethod
-    def _sampler_is_known(cls, value: float | dict[str, Any]) -> float | dict[str, Any]:
+    def _sampler_is_known(cls, value: Any) -> float | dict[str, Any]:
         try:
             samplers.build_sampler(value)
         except RecipeError as error:
             raise ValueError(str(error)) from error
-        return value
+        rate: float | dict[str, Any] = value
+        return rate
 
 
 class LoraSection(Section):
@@ -112,8 +120,12 @@ class LoraSection(Section):
     r: int = Field(16, ge=1)
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    parts: list[Part] = Field(default_factory=lambda: ["language_model"], description="parts that get adapters")
-    targets: list[str] | None = Field(None, description="names of linear layers; default: the family's list")
+    parts: list[Part] = Field(
+        ["language_model"], min_length=1, description="parts that get adapters"
+    )
+    targets: list[str] | None = Field(
+        None, min_length=1, description="names of linear layers; default: the family's list"
+    )
 
 
 class TuningSection(Section):
@@ -121,7 +133,7 @@ class TuningSection(Section):
 
     method: Literal["full", "lora"] = "full"
     freeze: list[Part] = Field(
-        default_factory=lambda: ["vision"], description="parts that stay as they are (with lora: see lora.parts)"
+        ["vision"], description="parts that stay as they are (with lora: see lora.parts)"
     )
     lora: LoraSection = Field(default_factory=LoraSection)
 
@@ -140,7 +152,7 @@ class OptimSection(Section):
         default_factory=dict, description="learning rates that differ from `lr`, by part"
     )
     weight_decay: float = Field(0.0, ge=0)
-    betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
+    betas: list[Rate] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     max_grad_norm: float = Field(1.0, gt=0)
@@ -183,7 +195,7 @@ class Recipe(Section):
 
     recipe: str = Field(description="name of the recipe, for records")
     output_dir: str = Field(description="everything the run writes goes here")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     model: ModelSection
     data: DataSection
     evs: EvsSection = Field(default_factory=EvsSection)
@@ -203,6 +215,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # the parent class merges `<<`, and refuses keys that are lists or mappings
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -238,7 +252,7 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     name: str | None = None
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise RecipeError(f"'{argument}' is not of the form key=value", f"shipped recipes: {', '.join(recipe_names())}")
         if key == "recipe":
             name = value
@@ -247,7 +261,11 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     if name is None:
         raise RecipeError("no recipe is named", f"add recipe=NAME, one of: {', '.join(recipe_names())}, or a YAML file")
     path = _recipe_path(name)
-    raw = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    raw = _parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} is not a mapping of keys to values")
     raw.setdefault("recipe", path.stem)
@@ -277,7 +295,7 @@ def _recipe_path(name: str) -> Path:
 def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -297,14 +315,26 @@ def _override(raw: dict[str, Any], dotted: str, value: Any) -> None:
 def _describe_fault(fault: Any) -> str:
     """One line for a person: the dotted key, what is wrong, and the nearest key for a misspelt one."""
     location = [str(part) for part in fault["loc"]]
-    dotted = ".".join(location) or "recipe"
+    known: list[str] | None = None
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _keys_at(location[:-1]), n=1)
+        known = _keys_at(location[:-1])
+    elif location[-1:] == ["[key]"]:  # pydantic's mark for a key, as opposed to its value, of a mapping
+        location.pop()
+        known = list(PARTS) if fault["type"] == "literal_error" else None
+    dotted = ".".join(location) or "recipe"
+    if known is not None:
+        near = difflib.get_close_matches(location[-1], known, n=1)
         return f"{dotted}: unknown key" + (f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "")
     if fault["type"] == "missing":
         return f"{dotted}: a value is required"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    return f"{dotted}: {message}, got {fault['input']!r}" if fault["type"] != "value_error" else f"{dotted}: {message}"
+    if fault["type"] == "value_error":  # raised in this module; it may name a deeper key itself
+        message = str(fault["ctx"]["error"])
+        return message if message.startswith(dotted) else f"{dotted}: {message}"
+    if fault["type"] == "model_type":
+        message = "must be a section, that is, keys with values"
+    else:
+        message = str(fault["msg"]).replace("Input should", "must", 1)
+    return f"{dotted}: {message}, got {reprlib.repr(fault['input'])}"
 
 
 def _keys_at(location: list[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Exceptions a user can meet, each with the exit code and the hint that go with it.
 
-Every error raised for something the user wrote or owns (a recipe, a row, a media file, a checkpoint) is an `EvsTrainError`.
-Entry points print it as one line, without a traceback, and leave with its exit code; see `report`. Anything else that
-escapes is a defect of this package and keeps its traceback.
+Every error raised for something the user wrote or owns (a recipe, a row, a media file, a checkpoint) is an
+`EvsTrainError`. Entry points print it as one line, without a traceback, and leave with its exit code; see `report`.
+Anything else that escapes is a defect of this package and keeps its traceback.
 """
 
 from __future__ import annotations

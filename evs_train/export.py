@@ -3,8 +3,8 @@
 Everything but weights comes from the base checkpoint unchanged (config.json, tokenizer, processor, templates), with
 `video_pruning_rate` added at the top level of config.json; engines that know the base model then know the export.
 
-Invariant: the tensors of the export have the names of the base checkpoint's, or there is no export. It is written beside
-its destination and renamed, so a torn one is never seen. Cost: the model once in memory, on the CPU.
+Invariant: the tensors of the export have the names of the base checkpoint's, or there is no export. It is written
+beside its destination and renamed, so a torn one is never seen. Cost: the model once in memory, on the CPU.
 """
 
 from __future__ import annotations

@@ -103,6 +103,8 @@ class Tally:
 class UptrainTrainer(Trainer):
     """Trainer of a model whose batches are pruned by `hook`. See the module's docstring for what differs."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *, hook: EvsHook, optim: OptimSection, args: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(args=args, **kwargs)
         self.model_accepts_loss_kwargs = True

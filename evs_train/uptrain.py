@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import torch
 from filelock import FileLock
+from peft import PeftModel
 from torch import nn
 from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
@@ -90,6 +91,7 @@ class Run:
             seed=recipe.seed,
             template_kwargs=recipe.data.template_kwargs,
             max_length=recipe.data.max_length,
+            verify=recipe.data.verify,
             picture_draws=self._picture_draws(),
         )
 
@@ -122,12 +124,12 @@ class Run:
         args = self._training_arguments()
         # ZeRO-3 partitions weights as they are read, over a process group that DeepSpeed must know of by then.
         if args.device and recipe.deepspeed is not None:  # reading `device` starts the process group
-            import deepspeed  # imported late: it is slow, and says so on stderr
+            import deepspeed  # noqa: PLC0415 (imported late: it is slow, and says so on stderr)
 
             deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         model = self.load_model()
         sizes = part_sizes(model, self.family)
-        plain = model.get_base_model() if recipe.tuning.method == "lora" else model
+        plain: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
         hook = EvsHook(
             family=self.family,
             model=plain,

@@ -47,6 +47,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
 
     Attributes:
         num_draws: length of the run in draws (steps * global batch).
+        verify: check each video from end to end before its first use.
         picture_draws: draws whose frames are kept in the example, for pictures of what is pruned.
     """
 
@@ -57,6 +58,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
     seed: int
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+    verify: bool = True
     picture_draws: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
@@ -73,7 +75,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
         sample = self.samples[sample_of_draw(draw, len(self.samples), self.seed)]
         return build_example(
             sample,
-            [read_video(path, self.sampling) for path in sample.videos],
+            [read_video(path, self.sampling, verify=self.verify) for path in sample.videos],
             [read_image(path) for path in sample.images],
             self.encoder,
             draw=draw,

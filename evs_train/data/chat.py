@@ -169,7 +169,7 @@ def assistant_turns(
         if not (prompt.startswith(before) and after.startswith(prompt)):
             raise DataError(
                 f"{source}: the chat template renders turn {index + 1} unlike the prompt that generation would see",
-                "set data.template_kwargs (for instance enable_thinking: false) so that prompt + answer is the rendering",
+                "set data.template_kwargs (such as enable_thinking: false) so that prompt + answer is the rendering",
             )
         turns.append(Turn(header=prompt[len(before) :], answer=after[len(prompt) :].rstrip()))
     return turns

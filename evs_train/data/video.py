@@ -130,19 +130,19 @@ def _spread(total: int, count: int) -> list[int]:
     return [(2 * k * (total - 1) + count - 1) // (2 * (count - 1)) for k in range(count)]
 
 
-def read_video(path: str | Path, sampling: FrameSampling) -> Clip:
-    """Check and decode one video file.
+def read_video(path: str | Path, sampling: FrameSampling, *, verify: bool = True) -> Clip:
+    """Decode one video file, after checking it from end to end unless `verify` is off (see the module's docstring).
 
     Of several video streams the one FFmpeg calls best is read. decord runs on one thread: loaders run over files.
 
     Raises:
         MediaError: the file is missing, empty, not a video, or damaged anywhere (in a sampled frame or not).
     """
-    path = str(path)
-    num_decodable = check_video(path)
+    path = str(_existing(Path(path), "video"))
+    num_decodable = check_video(path) if verify else None
     try:
         reader = decord.VideoReader(path, num_threads=1)
-        if len(reader) != num_decodable:
+        if num_decodable is not None and len(reader) != num_decodable:
             # decord counts packets, and would return repeats where no frame is behind one.
             raise MediaError(f"{path}: {len(reader)} frames are listed, {num_decodable} can be decoded", REENCODE)
         spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)  # (total_frames, 2): start and end

@@ -103,7 +103,7 @@ def part_of(name: str, family: Family | type[Family]) -> Part | None:
     raise ModelError(f"the tensor {plain} belongs to no part of {family.model_type}", "its adapter in evs_train/models needs it")
 
 
-def apply_tuning(model: PreTrainedModel, family: Family, tuning: TuningSection) -> nn.Module:
+def apply_tuning(model: nn.Module, family: Family, tuning: TuningSection) -> nn.Module:
     """Freeze parts or add adapters, as the recipe says; returns the module to train.
 
     Raises:
@@ -128,10 +128,11 @@ def apply_tuning(model: PreTrainedModel, family: Family, tuning: TuningSection) 
             f"the default for this family is {', '.join(family.lora_targets)}",
         )
     lora = tuning.lora
-    return get_peft_model(
-        model,
-        LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none"),
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none"
     )
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
 
 
 @dataclass(frozen=True)

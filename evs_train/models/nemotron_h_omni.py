@@ -25,6 +25,8 @@ from evs_train.models.base import Family, Features, frames_tensor, reading_order
 
 
 class NemotronHOmni(Family):
+    """Adapter of Nemotron Omni, without its audio."""
+
     model_type: ClassVar[str] = "nemotron_h_omni"
     parts: ClassVar[Mapping[Part, tuple[str, ...]]] = {
         "projector": ("multi_modal_projector.", "vision_final_layernorm."),
@@ -97,5 +99,7 @@ class NemotronHOmni(Family):
         return {"pixel_values_videos": [torch.zeros(frames, 3, side * patch, side * patch)]}
 
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
+        if not features:
+            return {}
         # A tuple of tensors: transformers 5.23 concatenates `pooler_output` and fails on a single tensor.
         return {"video": BaseModelOutputWithPooling(pooler_output=tuple(item[0] for _, item in features))}

@@ -26,6 +26,8 @@ from evs_train.models.base import Family, Features, frames_tensor, reading_order
 
 
 class Qwen3VL(Family):
+    """Adapter of Qwen3-VL (dense)."""
+
     model_type: ClassVar[str] = "qwen3_vl"
     parts: ClassVar[Mapping[Part, tuple[str, ...]]] = {
         "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
@@ -81,7 +83,7 @@ class Qwen3VL(Family):
         )
 
     def _whole_unit(self, clip: Clip) -> Clip:
-        """A still shown for one whole unit: the processor repeats the last frame of odd clips, but refuses one frame."""
+        """A still, shown for one whole unit: the processor repeats the last frame of odd clips, but refuses a single."""
         missing = self.config.vision_config.temporal_patch_size - len(clip.frames)
         if missing <= 0:
             return clip
@@ -103,12 +105,12 @@ class Qwen3VL(Family):
         kinds = torch.zeros_like(ids)
         kinds[ids == self.config.image_token_id] = 1
         kinds[ids == self.config.video_token_id] = 2
-        positions, _ = self._positions_of(
+        positions: Tensor = self._positions_of(
             ids,
             kinds,
             image_grid_thw=prepared.media.get("image_grid_thw"),
             video_grid_thw=prepared.media.get("video_grid_thw"),
-        )
+        )[0]
         return positions[:, 0]  # (3, 1, L) -> (3, L)
 
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
