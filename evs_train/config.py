@@ -117,9 +117,9 @@ class EvsSection(Section):
 class LoraSection(Section):
     """Low-rank adapters (PEFT). Used when `tuning.method` is lora."""
 
-    r: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    r: int = Field(16, ge=1, description="rank")
+    alpha: int = Field(32, ge=1, description="scale: adapters are multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="on the adapters' inputs")
     parts: list[Part] = Field(
         ["language_model"], min_length=1, description="parts that get adapters"
     )
@@ -131,7 +131,7 @@ class LoraSection(Section):
 class TuningSection(Section):
     """What is trained."""
 
-    method: Literal["full", "lora"] = "full"
+    method: Literal["full", "lora"] = Field("full", description="train the weights, or low-rank adapters on them")
     freeze: list[Part] = Field(
         ["vision"], description="parts that stay as they are (with lora: see lora.parts)"
     )
@@ -147,26 +147,28 @@ class TuningSection(Section):
 class OptimSection(Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(1e-5, gt=0)
+    lr: float = Field(1e-5, gt=0, description="learning rate after warm-up")
     lr_by_part: dict[Part, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="learning rates that differ from `lr`, by part"
     )
-    weight_decay: float = Field(0.0, ge=0)
-    betas: list[Rate] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
-    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only, not on biases and norms")
+    betas: list[Rate] = Field([0.9, 0.95], min_length=2, max_length=2, description="of AdamW")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps in which the rate rises")
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="course of the learning rate, as transformers names it"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
 
 
 class TrainSection(Section):
     """Length and shape of the run."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the rows, where steps is null")
     batch_size: int = Field(1, ge=1, description="rows per process and micro-batch")
     grad_accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
-    gradient_checkpointing: bool = False
-    log_every: int = Field(10, ge=1)
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    log_every: int = Field(10, ge=1, description="steps between logs")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
     keep_checkpoints: int = Field(2, ge=2, description="1 is refused: the newest may be torn when a run is killed")
     pictures_every: int | None = Field(None, ge=1, description="steps between pictures of kept patches; null: none")
@@ -177,15 +179,15 @@ class TrackingSection(Section):
     """Where metrics go besides `metrics.jsonl`."""
 
     wandb: bool = Field(True, description="W&B; offline when there is no key")
-    project: str = "evs-train"
-    name: str | None = None
-    tags: list[str] = Field(default_factory=list)
+    project: str = Field("evs-train", description="W&B project")
+    name: str | None = Field(None, description="name of the run; default: the recipe's")
+    tags: list[str] = Field([], description="W&B tags")
 
 
 class ExportSection(Section):
     """The checkpoint written when training ends."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="export when training ends")
     rate: Rate = Field(0.75, description="video_pruning_rate written into config.json")
     dir: str | None = Field(None, description="default: output_dir/export")
 
@@ -195,7 +197,7 @@ class Recipe(Section):
 
     recipe: str = Field(description="name of the recipe, for records")
     output_dir: str = Field(description="everything the run writes goes here")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of the order of rows, the pruning rates and new weights")
     model: ModelSection
     data: DataSection
     evs: EvsSection = Field(default_factory=EvsSection)
@@ -295,6 +297,10 @@ def _recipe_path(name: str) -> Path:
 def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" at line {mark.line + 1} column {mark.column + 1}" if mark is not None else ""
+        raise RecipeError(f"{source} is not valid YAML: {error.problem}{place}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -333,7 +339,7 @@ def _describe_fault(fault: Any) -> str:
     if fault["type"] == "model_type":
         message = "must be a section, that is, keys with values"
     else:
-        message = str(fault["msg"]).replace("Input should", "must", 1)
+        message = re.sub(r" after validation.*", "", re.sub(r"^\w+ should", "must", str(fault["msg"])))
     return f"{dotted}: {message}, got {reprlib.repr(fault['input'])}"
 
 

@@ -1,0 +1,62 @@
+"""Runs of tiny recipes for tests: in this process, or as real processes through torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from evs_train.config import Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments(recipe: str, checkpoint: Path, rows: Path, output: Path, **overrides: Any) -> list[str]:
+    """Command-line arguments of a short float32 run; `__` in a keyword stands for a dot."""
+    settings = {
+        "model.path": checkpoint,
+        "model.dtype": "float32",
+        "data.rows": rows,
+        "data.num_workers": 0,
+        "data.num_frames": 8,
+        "data.fps": None,
+        "output_dir": output,
+        "tracking.wandb": False,
+        "train.log_every": 1,
+        "train.pictures_every": None,
+        "export.enabled": False,
+    } | {key.replace("__", "."): value for key, value in overrides.items()}
+    if recipe.startswith("tiny"):
+        settings["demo"] = None
+    return [f"recipe={recipe}", *(f"{key}={_yaml(value)}" for key, value in settings.items())]
+
+
+def recipe_of(words: list[str]) -> Recipe:
+    return load_recipe(words)
+
+
+def torchrun(words: list[str], num_processes: int, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Run launch/uptrain.py in real processes (gloo on CPU)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    return subprocess.run(
+        [*command, "launch/uptrain.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl that report a loss."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool | dict | list) else str(value)
