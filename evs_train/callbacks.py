@@ -64,9 +64,7 @@ class PictureCallback(TrainerCallback):
         self.hook = hook
         self.folder = folder
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kept, self.hook.kept = self.hook.kept, []
         if not (state.is_world_process_zero and kept):
             return

@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if not words or words[0] not in COMMANDS:
-            raise RecipeError(f"unknown command {words[0]!r}" if words else "no command", f"commands: {', '.join(COMMANDS)}")
+            raise RecipeError(
+                f"unknown command {words[0]!r}" if words else "no command", f"commands: {', '.join(COMMANDS)}"
+            )
         COMMANDS[words[0]](_pairs(words[1:]))
     except EvsTrainError as error:
         return report(error)
@@ -57,7 +59,9 @@ def _check_keys(arguments: dict[str, str], required: Sequence[str], optional: Se
     for key in arguments:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise RecipeError(f"unknown key '{key}'", f"did you mean {near[0]}?" if near else f"keys: {', '.join(known)}")
+            raise RecipeError(
+                f"unknown key '{key}'", f"did you mean {near[0]}?" if near else f"keys: {', '.join(known)}"
+            )
     for key in required:
         if key not in arguments:
             raise RecipeError(f"{key}=... is missing", f"keys: {', '.join(known)}")

@@ -265,10 +265,18 @@ class EvsHook:
             with self.stopwatch.section("encoder"):
                 encoded, blanks = self._encode(batch["media"], training=module.training)
             with self.stopwatch.section("pruning"):
-                selected = [self._select(planned, features) for planned, features in zip(plan.videos, encoded["video"], strict=True)]
+                selected = [
+                    self._select(planned, features)
+                    for planned, features in zip(plan.videos, encoded["video"], strict=True)
+                ]
                 remaining: dict[Kind, Any] = {
                     "image": iter(encoded["image"]),
-                    "video": iter([[layer[chosen] for layer in features] for features, chosen in zip(encoded["video"], selected, strict=True)]),
+                    "video": iter(
+                        [
+                            [layer[chosen] for layer in features]
+                            for features, chosen in zip(encoded["video"], selected, strict=True)
+                        ]
+                    ),
                 }
                 features = [(planned.item.kind, next(remaining[planned.item.kind])) for planned in plan.items]
                 pruned = compact(batch, selected, self.family.pad_token_id)

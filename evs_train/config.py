@@ -95,7 +95,9 @@ class DataSection(Section):
 class EvsSection(Section):
     """How videos are pruned while training."""
 
-    rate: float | dict[str, Any] = Field(0.75, description="a fixed rate, or a sampler, such as {kind: beta, mode: 0.75}")
+    rate: float | dict[str, Any] = Field(
+        0.75, description="a fixed rate, or a sampler, such as {kind: beta, mode: 0.75}"
+    )
     scope: Literal["batch", "sample"] = Field("batch", description="one rate per optimizer step, or one per sample")
     cap: bool = Field(True, description="keep drawn rates low enough that more than the first unit is left")
     score: Literal["engine", "embeds"] = Field(
@@ -120,9 +122,7 @@ class LoraSection(Section):
     r: int = Field(16, ge=1, description="rank")
     alpha: int = Field(32, ge=1, description="scale: adapters are multiplied by alpha / r")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="on the adapters' inputs")
-    parts: list[Part] = Field(
-        ["language_model"], min_length=1, description="parts that get adapters"
-    )
+    parts: list[Part] = Field(["language_model"], min_length=1, description="parts that get adapters")
     targets: list[str] | None = Field(
         None, min_length=1, description="names of linear layers; default: the family's list"
     )
@@ -132,9 +132,7 @@ class TuningSection(Section):
     """What is trained."""
 
     method: Literal["full", "lora"] = Field("full", description="train the weights, or low-rank adapters on them")
-    freeze: list[Part] = Field(
-        ["vision"], description="parts that stay as they are (with lora: see lora.parts)"
-    )
+    freeze: list[Part] = Field(["vision"], description="parts that stay as they are (with lora: see lora.parts)")
     lora: LoraSection = Field(default_factory=LoraSection)
 
     @model_validator(mode="after")
@@ -255,7 +253,9 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not all(key.split(".")):
-            raise RecipeError(f"'{argument}' is not of the form key=value", f"shipped recipes: {', '.join(recipe_names())}")
+            raise RecipeError(
+                f"'{argument}' is not of the form key=value", f"shipped recipes: {', '.join(recipe_names())}"
+            )
         if key == "recipe":
             name = value
         else:

@@ -20,10 +20,12 @@ _PLANNED_BATCHES = 2
 
 def show_dry_run(run: Run, console: Console) -> None:
     """Print the resolved recipe, the trainable parameters, the rates and the plan of the first batches."""
-    console.print(yaml.safe_dump(run.recipe.model_dump(), sort_keys=False), markup=False, highlight=False)
+    console.print(
+        yaml.safe_dump(run.recipe.model_dump(), sort_keys=False), markup=False, highlight=False, soft_wrap=True
+    )
     console.print(parts_table(run.part_sizes()))
     rates = samplers.describe(run.sampler)
-    console.print(f"pruning rates: {rates}", markup=False)
+    console.print(f"pruning rates: {rates}", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{len(run.samples)} rows, {run.num_steps} steps of {run.global_batch} rows; the first micro-batches:"
     )
@@ -64,7 +66,9 @@ def show_summary(recipe: Recipe, summary: Summary, export: Export | None, consol
     table.add_row("steps", str(summary.steps))
     table.add_row("loss, first and last logged", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f}")
     table.add_row("mean pruning rate", f"{summary.mean_rate:.3f}")
-    table.add_row("video tokens, before and after", f"{summary.video_tokens_before:,} -> {summary.video_tokens_after:,}")
+    table.add_row(
+        "video tokens, before and after", f"{summary.video_tokens_before:,} -> {summary.video_tokens_after:,}"
+    )
     table.add_row("tokens/s (after pruning)", f"{summary.tokens_per_second:,.0f}")
     table.add_row("metrics", f"{recipe.output_dir}/metrics.jsonl")
     if export is not None:

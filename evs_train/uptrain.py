@@ -25,6 +25,8 @@ from torch import nn
 from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from evs_train import samplers
 from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine
 from evs_train.collate import BatchPlan, Collator, EvsHook
@@ -34,7 +36,15 @@ from evs_train.data.batches import TrainingStream
 from evs_train.data.video import FrameSampling
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
-from evs_train.models.loading import PartSize, apply_tuning, encoder_trains, load_family, load_weights, part_sizes, without_weights
+from evs_train.models.loading import (
+    PartSize,
+    apply_tuning,
+    encoder_trains,
+    load_family,
+    load_weights,
+    part_sizes,
+    without_weights,
+)
 from evs_train.models.tiny import build_tiny
 from evs_train.trainer import UptrainTrainer
 
@@ -121,6 +131,7 @@ class Run:
     def train(self, report_parts: Callable[[list[PartSize]], None] = lambda parts: None) -> Summary:
         """Train and save to `output_dir/final`; every process must call it."""
         recipe = self.recipe
+        checkpoint = self._checkpoint_to_resume()
         args = self._training_arguments()
         # ZeRO-3 partitions weights as they are read, over a process group that DeepSpeed must know of by then.
         if args.device and recipe.deepspeed is not None:  # reading `device` starts the process group
@@ -156,11 +167,9 @@ class Run:
         if trainer.is_world_process_zero():
             report_parts(sizes)
             self._write_record(output)
-        trainer.train(resume_from_checkpoint=recipe.train.resume or None)
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(output / "final"))
         unset_hf_deepspeed_config()  # or the model that the export loads would be partitioned, too
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
         total = trainer.tally.total
         return Summary(
             steps=trainer.state.global_step,
@@ -173,13 +182,24 @@ class Run:
             seconds=trainer.seconds,
         )
 
+    def _checkpoint_to_resume(self) -> str | None:
+        if not self.recipe.train.resume:
+            return None
+        output = self.recipe.output_dir
+        checkpoint: str | None = get_last_checkpoint(output) if Path(output).is_dir() else None
+        if checkpoint is None:
+            raise RecipeError(f"train.resume: there is no checkpoint in {output}", "start anew with train.resume=false")
+        return checkpoint
+
     def _picture_draws(self) -> frozenset[int]:
         """Draws of the first process whose kept patches are drawn."""
         train = self.recipe.train
         if train.pictures_every is None:
             return frozenset()
         world_batch = self.global_batch // train.grad_accumulation
-        of_step = [micro * world_batch + row for micro in range(train.grad_accumulation) for row in range(train.batch_size)]
+        of_step = [
+            micro * world_batch + row for micro in range(train.grad_accumulation) for row in range(train.batch_size)
+        ]
         return frozenset(
             step * self.global_batch + draw
             for step in range(0, self.num_steps, train.pictures_every)
@@ -210,7 +230,7 @@ class Run:
             activation_checkpointing_kwargs={"use_reentrant": False},
             bf16=recipe.model.dtype == "bfloat16",
             use_cpu=on_cpu,
-            ddp_backend="gloo" if on_cpu else None,
+            ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,  # without torchrun there is no group
             deepspeed=None if recipe.deepspeed is None else str(deepspeed_file(recipe.deepspeed)),
             dataloader_num_workers=recipe.data.num_workers,
             dataloader_pin_memory=not on_cpu,
@@ -239,6 +259,12 @@ class Run:
         (output / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def leave_process_group() -> None:
+    """End the processes' connection, so that none waits while the first one exports."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def frame_sampling(recipe: Recipe) -> FrameSampling:
     """How the recipe samples frames; 2 per second when it says nothing."""
     data = recipe.data
@@ -251,7 +277,9 @@ def deepspeed_file(name: str) -> Path:
     path = Path(name) if name.endswith(".json") else DEEPSPEED_DIR / f"{name}.json"
     if not path.is_file():
         shipped = ", ".join(sorted(file.stem for file in DEEPSPEED_DIR.glob("*.json")))
-        raise RecipeError(f"deepspeed: there is no configuration '{name}'", f"shipped: {shipped}; or the path of a JSON file")
+        raise RecipeError(
+            f"deepspeed: there is no configuration '{name}'", f"shipped: {shipped}; or the path of a JSON file"
+        )
     return path
 
 

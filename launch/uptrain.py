@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
 
         from evs_train import console as show  # noqa: PLC0415
         from evs_train.export import export_run  # noqa: PLC0415
-        from evs_train.uptrain import Run  # noqa: PLC0415
+        from evs_train.uptrain import Run, leave_process_group  # noqa: PLC0415
 
         run = Run(recipe)
         console = Console(quiet=not first)
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
         return report(error) if first else error.exit_code
     try:
         summary = run.train(lambda parts: console.print(show.parts_table(parts)))
+        leave_process_group()
         if first:
             export = export_run(recipe.output_dir) if recipe.export.enabled else None
             show.show_summary(recipe, summary, export, console)

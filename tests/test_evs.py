@@ -35,7 +35,7 @@ def test_retained_tokens_are_the_engines(num_units: int, per_unit: int, rate: fl
 
 @pytest.mark.parametrize("arguments", [(0, 4, 0.5), (4, 0, 0.5), (4, 4, 1.0), (4, 4, -0.1), (4, 4, float("nan"))])
 def test_senseless_arguments_are_refused(arguments: tuple[int, int, float]) -> None:
-    with pytest.raises(ValueError, match="pruning_rate|unit"):
+    with pytest.raises(ValueError, match=r"pruning_rate|unit"):
         retained_tokens(*arguments)
 
 

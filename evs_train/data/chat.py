@@ -2,8 +2,8 @@
 
 A chat template renders the conversation, the model family's adapter expands each placeholder into its media tokens, and
 the assistant's turns are found again in the expanded ids. A turn is located by its own token sequence, header included,
-so nothing is assumed about how a processor expands placeholders, and a template that cannot be followed is an error
-instead of a wrong label.
+and by how often the same text stands before it, so nothing is assumed about how a processor expands placeholders, and a
+template that cannot be followed is an error instead of a wrong label.
 
 Invariant: supervised tokens are never media tokens, and there is at least one in every example.
 Cost: three renderings and one tokenization per assistant turn, beside the processor's own work.
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
 
@@ -104,10 +105,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Turn:
-    """An assistant's turn in the rendered text: the `header` that prompts it and the `answer` that is trained on."""
+    """An assistant's turn in the rendered text.
+
+    Attributes:
+        header: what prompts it, such as "<|im_start|>assistant" and a newline.
+        answer: what is trained on, the end-of-turn token included.
+        earlier: how often header + answer stands before the turn: in a like turn, or written out in a user's text.
+    """
 
     header: str
     answer: str
+    earlier: int
 
 
 def build_example(
@@ -128,7 +136,13 @@ def build_example(
             tokens (it is refused, never cut: a cut inside a video breaks the match of tokens and features).
     """
     messages = list(sample.messages)
-    text = _render(encoder.processor, messages, template_kwargs)
+    text = _render(encoder.processor, messages, template_kwargs, sample.source)
+    for token, count in ((encoder.processor.video_token, len(clips)), (encoder.processor.image_token, len(images))):
+        if text.count(token) != count:
+            raise DataError(
+                f"{sample.source}: the rendered conversation has {text.count(token)} {token} for {count} file(s)",
+                f"remove or reword a literal {token} in the row's text",
+            )
     prepared = encoder.prepare(text, clips, images)
     ids = prepared.input_ids
     if max_length is not None and len(ids) > max_length:
@@ -163,15 +177,16 @@ def assistant_turns(
             continue
         if index == 0:
             raise DataError(f"{source}: the conversation starts with the assistant", "a user's turn must come first")
-        before = _render(processor, messages[:index], template_kwargs)
-        prompt = _render(processor, messages[:index], template_kwargs, add_generation_prompt=True)
-        after = _render(processor, messages[: index + 1], template_kwargs)
+        before = _render(processor, messages[:index], template_kwargs, source)
+        prompt = _render(processor, messages[:index], template_kwargs, source, add_generation_prompt=True)
+        after = _render(processor, messages[: index + 1], template_kwargs, source)
         if not (prompt.startswith(before) and after.startswith(prompt)):
             raise DataError(
                 f"{source}: the chat template renders turn {index + 1} unlike the prompt that generation would see",
                 "set data.template_kwargs (such as enable_thinking: false) so that prompt + answer is the rendering",
             )
-        turns.append(Turn(header=prompt[len(before) :], answer=after[len(prompt) :].rstrip()))
+        header, answer = prompt[len(before) :], after[len(prompt) :].rstrip()
+        turns.append(Turn(header, answer, earlier=before.count(header + answer)))
     return turns
 
 
@@ -189,30 +204,31 @@ def label_turns(input_ids: Tensor, turns: Sequence[Turn], tokenizer: Any, source
     """
     ids = input_ids.numpy()
     labels = np.full_like(ids, IGNORE_INDEX)
-    cursor = 0
     for number, turn in enumerate(turns, start=1):
         encoded = tokenizer(turn.header + turn.answer, add_special_tokens=False, return_offsets_mapping=True)
         block = np.asarray(encoded["input_ids"], dtype=ids.dtype)
         # A token that begins in the header but ends in the answer is part of what generation must produce.
         supervised = np.asarray([end > len(turn.header) for _, end in encoded["offset_mapping"]])
-        start = _find(ids, block, cursor)
+        start = _find(ids, block, turn.earlier)
         if start is None:
             raise DataError(
                 f"{source}: the tokens of assistant turn {number} are not found in the rendered conversation",
                 "the chat template changes earlier turns; see data.template_kwargs",
             )
-        cursor = start + len(block)
-        labels[start:cursor][supervised] = block[supervised]
+        labels[start : start + len(block)][supervised] = block[supervised]
     if not (labels != IGNORE_INDEX).any():
         raise DataError(f"{source}: no token would be trained on", "the answers are empty")
     return torch.from_numpy(labels)
 
 
-def _find(ids: np.ndarray, block: np.ndarray, start: int) -> int | None:
-    for offset in np.flatnonzero(ids[start : len(ids) - len(block) + 1] == block[0]):
-        begin = start + int(offset)
-        if np.array_equal(ids[begin : begin + len(block)], block):
-            return begin
+def _find(ids: np.ndarray, block: np.ndarray, earlier: int) -> int | None:
+    """Where `block` stands in `ids` after `earlier` other, not overlapping places."""
+    end = 0
+    for begin in np.flatnonzero(ids[: len(ids) - len(block) + 1] == block[0]).tolist():
+        if begin >= end and np.array_equal(ids[begin : begin + len(block)], block):
+            if earlier == 0:
+                return int(begin)
+            earlier, end = earlier - 1, begin + len(block)
     return None
 
 
@@ -220,11 +236,15 @@ def _render(
     processor: Any,
     messages: Sequence[Mapping[str, Any]],
     template_kwargs: Mapping[str, Any],
+    source: str,
     add_generation_prompt: bool = False,
 ) -> str:
-    text: str = processor.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-    )
+    try:
+        text: str = processor.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+        )
+    except TemplateError as error:
+        raise DataError(f"{source}: the chat template refuses the conversation: {error}") from error
     return text
 
 
@@ -234,6 +254,6 @@ def _spans(prepared: Prepared, source: str) -> tuple[Tensor, ...]:
     if len(places) != sum(counts):
         raise DataError(
             f"{source}: the rendered conversation has {len(places)} media tokens but its media make {sum(counts)}",
-            "does the text contain a literal placeholder token?",
+            "does the chat template write media tokens by itself?",
         )
     return tuple(torch.split(places, counts))

@@ -88,11 +88,15 @@ class Family(ABC):
         merged: Media = {}
         for name in sorted({name for one in media for name in one}):
             values = [one[name] for one in media if name in one]
-            merged[name] = torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
+            merged[name] = (
+                torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
+            )
         return merged
 
 
-def reading_order(text: str, placeholders: Mapping[Kind, str], items: Mapping[Kind, Sequence[MediaItem]]) -> tuple[MediaItem, ...]:
+def reading_order(
+    text: str, placeholders: Mapping[Kind, str], items: Mapping[Kind, Sequence[MediaItem]]
+) -> tuple[MediaItem, ...]:
     """Media items in the order in which their placeholders stand in the rendered text."""
     remaining = {kind: iter(of_kind) for kind, of_kind in items.items()}
     kind_of = {placeholder: kind for kind, placeholder in placeholders.items()}

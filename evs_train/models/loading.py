@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from evs_train.config import PARTS, DataSection, ModelSection, OptimSection, Part, TuningSection
+from evs_train.config import PARTS, DataSection, LoraSection, ModelSection, OptimSection, Part, TuningSection
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES
 from evs_train.models.base import Family
@@ -34,17 +35,26 @@ def load_config(path: str, revision: str | None = None) -> Any:
     """
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path} holds no config.json", "model.path is a checkpoint directory or a hub name")
+    if not Path(path).exists() and (Path(path).is_absolute() or len(Path(path).parts) > 2):  # no hub name: owner/name
+        raise ModelError(f"the checkpoint {path} does not exist", "model.path is a checkpoint directory or a hub name")
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"the checkpoint {path} cannot be read: {reason}", "check model.path and model.revision") from error
-    if config.model_type not in FAMILIES:
+        fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        if "model_type" in fields and fields["model_type"] not in FAMILIES:
+            raise ModelError(
+                f"the architecture '{fields['model_type']}' of {path} is not supported",
+                f"supported: {', '.join(sorted(FAMILIES))}; docs/adding-a-family.md says how to add one",
+            )
+        return AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(
-            f"the architecture '{config.model_type}' of {path} is not supported",
-            f"supported: {', '.join(sorted(FAMILIES))}; docs/adding-a-family.md says how to add one",
-        )
-    return config
+            f"the checkpoint {path} cannot be read: {_reason(error)}", "check model.path and model.revision"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """First line of an error's text; the second, too, where the first only announces it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def load_family(model: ModelSection, data: DataSection) -> Family:
@@ -53,8 +63,11 @@ def load_family(model: ModelSection, data: DataSection) -> Family:
     try:
         processor = AutoProcessor.from_pretrained(model.path, revision=model.revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"the processor of {model.path} cannot be read: {reason}", "its files belong beside config.json") from error
+        raise ModelError(
+            f"the processor of {model.path} cannot be read: {_reason(error)}", "its files belong beside config.json"
+        ) from error
+    if processor.chat_template is None:
+        raise ModelError(f"the processor of {model.path} has no chat template", "start from an instruction-tuned model")
     return FAMILIES[config.model_type](config, processor, data.video_kwargs, data.image_kwargs)
 
 
@@ -67,16 +80,25 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
     if "video_pruning_rate" in config.to_dict():
         config.video_pruning_rate = 0.0
     try:
-        loaded: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+        loaded: PreTrainedModel
+        loaded, info = AutoModelForImageTextToText.from_pretrained(
             model.path,
             revision=model.revision,
             config=config,
             dtype=dtype,
             attn_implementation=model.attn_implementation,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"the weights of {model.path} cannot be loaded: {reason}") from error
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the weights of {model.path} cannot be loaded: {_reason(error)}") from error
+    # transformers fills what the files lack with random numbers and only logs it.
+    family, parameters = FAMILIES[config.model_type], {name for name, _ in loaded.named_parameters()}
+    missing = sorted(name for name in info["missing_keys"] if name in parameters and part_of(name, family) is not None)
+    if missing:
+        raise ModelError(
+            f"the weights of {model.path} lack {len(missing)} tensor(s) of the model, the first being {missing[0]}",
+            "the checkpoint is incomplete or of another architecture",
+        )
     loaded.config.use_cache = False
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 records all renamings it knows under ZeRO-3, used or not, and saving would apply them all
@@ -100,39 +122,50 @@ def part_of(name: str, family: Family | type[Family]) -> Part | None:
     for part, prefixes in family.parts.items():
         if plain.startswith(prefixes):
             return part
-    raise ModelError(f"the tensor {plain} belongs to no part of {family.model_type}", "its adapter in evs_train/models needs it")
+    raise ModelError(
+        f"the tensor {plain} belongs to no part of {family.model_type}", "its adapter in evs_train/models needs it"
+    )
 
 
 def apply_tuning(model: nn.Module, family: Family, tuning: TuningSection) -> nn.Module:
     """Freeze parts or add adapters, as the recipe says; returns the module to train.
 
     Raises:
-        RecipeError: `tuning.lora.targets` names no linear layer of the chosen parts.
+        RecipeError: a chosen part has no linear layer of the wanted names, or one of `tuning.lora.targets` names none.
     """
     if tuning.method == "full":
         for name, parameter in model.named_parameters():
             part = part_of(name, family)
             parameter.requires_grad_(part is not None and part not in tuning.freeze)
         return model
-    targets = tuple(tuning.lora.targets or family.lora_targets)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.rsplit(".", 1)[-1] in targets
-        and part_of(name + ".", family) in tuning.lora.parts
-    ]
-    if not names:
-        raise RecipeError(
-            f"tuning.lora.targets: no linear layer of {', '.join(tuning.lora.parts)} is called {', '.join(targets)}",
-            f"the default for this family is {', '.join(family.lora_targets)}",
-        )
     lora = tuning.lora
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none"
-    )
+    names = _lora_layers(model, family, lora)
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none")
     adapted: nn.Module = get_peft_model(model, config)
     return adapted
+
+
+def _lora_layers(model: nn.Module, family: Family, lora: LoraSection) -> list[str]:
+    """Full names of the linear layers that get adapters. Raises RecipeError as `apply_tuning` says."""
+    targets = tuple(lora.targets or family.lora_targets)
+    layers: dict[Part, dict[str, list[str]]] = {part: {} for part in lora.parts}  # part: short name: full names
+    for name, module in model.named_modules():
+        part = part_of(name + ".", family) if isinstance(module, nn.Linear) else None
+        if part in layers:
+            layers[part].setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    for part, found in layers.items():
+        if not set(targets) & set(found):
+            raise RecipeError(
+                f"tuning.lora.targets: no linear layer of {part} is called {', '.join(targets)}",
+                f"the linear layers of {part} are {', '.join(sorted(found))}",
+            )
+    for target in lora.targets or ():
+        if not any(target in found for found in layers.values()):
+            raise RecipeError(
+                f"tuning.lora.targets: no linear layer of {', '.join(lora.parts)} is called {target}",
+                f"they are {', '.join(sorted(set().union(*layers.values())))}",
+            )
+    return [name for found in layers.values() for target in targets for name in found.get(target, ())]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,15 @@ class NemotronHOmni(Family):
     }
     unused: ClassVar[tuple[str, ...]] = ("audio_tower.", "embed_audio.")
     # Mamba's out_proj is left out: the fused kernel reads its weight directly and would pass the adapter by.
-    lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj")
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "in_proj",
+        "up_proj",
+        "down_proj",
+    )
     shares_encoder: ClassVar[bool] = False
 
     def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
@@ -94,7 +102,10 @@ class NemotronHOmni(Family):
         side = round(1 / self.config.downsample_ratio)
         patch = self.config.vision_config.patch_size
         if kind == "image":
-            return {"pixel_values": torch.zeros(side * side, 3 * patch**2), "image_grid_hw": torch.tensor([[side, side]])}
+            return {
+                "pixel_values": torch.zeros(side * side, 3 * patch**2),
+                "image_grid_hw": torch.tensor([[side, side]]),
+            }
         frames = self.config.video_temporal_patch_size
         return {"pixel_values_videos": [torch.zeros(frames, 3, side * patch, side * patch)]}
 

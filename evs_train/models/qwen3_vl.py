@@ -83,7 +83,7 @@ class Qwen3VL(Family):
         )
 
     def _whole_unit(self, clip: Clip) -> Clip:
-        """A still, shown for one whole unit: the processor repeats the last frame of odd clips, but refuses a single."""
+        """A still, for one whole unit: the processor repeats the last frame of odd clips, but refuses a single one."""
         missing = self.config.vision_config.temporal_patch_size - len(clip.frames)
         if missing <= 0:
             return clip

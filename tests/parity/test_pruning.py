@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evs_train.collate import compact
+from evs_train.evs import select_tokens
 from tests.parity.rig import Rig, attention_mask, kept_positions, supervised
 
 RATES = (0.3, 0.75, 0.9)
@@ -113,7 +115,11 @@ def test_a_row_is_the_same_alone_and_in_a_padded_batch(rig: Rig, rate: float) ->
     for row, name in enumerate(ALL):
         alone, _ = rig.forward(rig.batch((name,), rate))
         torch.testing.assert_close(
-            together.logits[row, : lengths[row]], alone.logits[0], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            together.logits[row, : lengths[row]],
+            alone.logits[0],
+            rtol=1e-4,
+            atol=2e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -146,3 +152,17 @@ def test_compaction_moves_everything_by_one_index(qwen: Rig) -> None:
     assert bool((source[1:] > source[:-1]).all())
     assert torch.equal(moved["position_ids"], source.expand(3, 1, -1))
     assert torch.equal(moved["input_ids"][0], batch["input_ids"][0, source])
+
+
+def test_the_device_half_never_reads_a_value_back(rig: Rig) -> None:
+    """Fake tensors have shapes and no values: a mask index, an `.item()` or a data-dependent shape would raise."""
+    batch = rig.batch(ALL, 0.75)
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        fake["index"] = {key: mode.from_tensor(value) for key, value in batch["index"].items()}
+        chosen = [
+            select_tokens(torch.empty(p.item.num_units, p.item.tokens_per_unit, 16), p.pruning_rate)
+            for p in batch["plan"].videos
+        ]
+        moved = compact(fake, chosen, pad_token_id=0)
+    assert moved["input_ids"].shape == (len(ALL), batch["plan"].padded_length)

@@ -31,8 +31,14 @@ def plain_nemotron(rig: Rig, batch: dict[str, Any]) -> Any:
     """The plain language model on the same embeddings: 5.23 has no forward with video that works."""
     ids, media = batch["input_ids"], batch["media"]
     embeds = rig.model.get_input_embeddings()(ids)
-    images = iter(rig.model.get_image_features(media["pixel_values"], media["image_grid_hw"]).pooler_output) if "pixel_values" in media else iter(())
-    videos = iter([rig.model.get_video_features(v).pooler_output.flatten(0, 1) for v in media.get("pixel_values_videos", ())])
+    images = (
+        iter(rig.model.get_image_features(media["pixel_values"], media["image_grid_hw"]).pooler_output)
+        if "pixel_values" in media
+        else iter(())
+    )
+    videos = iter(
+        [rig.model.get_video_features(v).pooler_output.flatten(0, 1) for v in media.get("pixel_values_videos", ())]
+    )
     features = [next(videos if planned.item.kind == "video" else images) for planned in batch["plan"].items]
     if features:
         places = (ids == rig.family.config.image_token_id).unsqueeze(-1).expand_as(embeds)

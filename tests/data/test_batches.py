@@ -1,0 +1,105 @@
+"""The order of draws, and a stream that hands out errors instead of raising them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evs_train.config import DataSection, ModelSection
+from evs_train.data.batches import TrainingStream, epoch_order, sample_of_draw
+from evs_train.data.chat import Example
+from evs_train.data.manifest import read_rows
+from evs_train.data.video import FrameSampling
+from evs_train.errors import DataError, MediaError
+from evs_train.models.base import Family
+from evs_train.models.loading import load_family
+
+
+@pytest.fixture(scope="module")
+def family(tiny_checkpoint: Callable[[str], Path]) -> Family:
+    return load_family(ModelSection(path=str(tiny_checkpoint("qwen3_vl"))), DataSection(rows="unused.json"))
+
+
+def stream(rows: Path, family: Family, **options: object) -> TrainingStream:
+    samples = read_rows([rows])
+    settings: dict[str, object] = {"num_draws": 2 * len(samples), "seed": 0, **options}
+    return TrainingStream(samples, family, FrameSampling(fps=8.0), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 2, 57])
+def test_an_epoch_is_a_permutation(size: int) -> None:
+    assert sorted(epoch_order(size, seed=3, epoch=1).tolist()) == list(range(size))
+
+
+def test_the_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
+    orders = {(s, e): tuple(epoch_order(57, seed=s, epoch=e).tolist()) for s in (0, 1) for e in (0, 1, 2)}
+    assert len(set(orders.values())) == 6
+    np.random.default_rng(0).random(10)
+    np.random.random(3)
+    epoch_order.cache_clear()
+    assert {key: tuple(epoch_order(57, *key).tolist()) for key in reversed(orders)} == orders
+
+
+def test_the_order_is_pinned() -> None:
+    """A change here would silently give resumed runs another order."""
+    assert epoch_order(8, seed=0, epoch=0).tolist() == [0, 5, 4, 6, 1, 2, 7, 3]
+
+
+def test_every_epoch_shows_each_row_once() -> None:
+    shown = [sample_of_draw(draw, 10, seed=4) for draw in range(30)]
+    epochs = [shown[0:10], shown[10:20], shown[20:30]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_draws_show_the_rows_of_the_order(mixed_rows: Path, family: Family) -> None:
+    data = stream(mixed_rows, family)
+    assert len(data) == 10
+    for draw in range(len(data)):
+        example = data[draw]
+        assert isinstance(example, Example)
+        assert example.draw == draw
+        assert example.sample_id == data.samples[sample_of_draw(draw, 5, seed=0)].id
+
+
+def test_reading_twice_gives_the_same(mixed_rows: Path, family: Family) -> None:
+    draw = next(d for d in range(5) if stream(mixed_rows, family).read(d).items)
+    first, second = (stream(mixed_rows, family).read(draw) for _ in range(2))
+    assert torch.equal(first.input_ids, second.input_ids)
+    assert all(torch.equal(first.media[name], second.media[name]) for name in first.media)
+
+
+def test_frames_are_kept_for_picture_draws_only(mixed_rows: Path, family: Family) -> None:
+    plain = stream(mixed_rows, family)
+    with_video = [d for d in range(5) if any(item.kind == "video" for item in plain.read(d).items)]
+    assert len(with_video) == 3
+    data = stream(mixed_rows, family, picture_draws=frozenset(with_video[:1]))
+    assert [bool(data.read(draw).frames) for draw in with_video] == [True, False, False]
+    assert plain.read(with_video[0]).frames == ()
+
+
+def test_errors_are_values(tmp_path: Path, world: Path, family: Family) -> None:
+    (tmp_path / "torn.mp4").write_bytes((world.parent / "clips" / "000000.mp4").read_bytes()[:1500])
+    talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"video": "torn.mp4", "conversations": talk}]), encoding="utf-8")
+    data = stream(rows, family)
+    error = data[0]
+    assert isinstance(error, MediaError)
+    assert "torn.mp4" in error.message
+    with pytest.raises(MediaError):
+        data.read(0)
+
+
+def test_a_row_longer_than_max_length_is_a_value_too(mixed_rows: Path, family: Family) -> None:
+    data = stream(mixed_rows, family, max_length=5)
+    error = data[0]
+    assert isinstance(error, DataError)
+    assert str(mixed_rows) in error.message
+    assert "row " in error.message
+    assert "data.max_length = 5" in error.message

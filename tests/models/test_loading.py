@@ -1,0 +1,322 @@
+"""Loading and tuning: what is refused, and that exactly the chosen parameters train, each in one optimizer group."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import ParakeetEncoderConfig
+
+from evs_train.config import PARTS, DataSection, LoraSection, ModelSection, OptimSection, Part, TuningSection
+from evs_train.errors import ModelError, RecipeError
+from evs_train.models import FAMILIES
+from evs_train.models.base import Family
+from evs_train.models.loading import (
+    apply_tuning,
+    encoder_trains,
+    load_config,
+    load_family,
+    load_weights,
+    parameter_groups,
+    part_of,
+    part_sizes,
+    without_weights,
+)
+
+# Each part's modules, written down a second time, by attribute path: `parts` of the adapters must agree.
+MODULES: dict[str, dict[Part, list[str]]] = {
+    "qwen3_vl": {
+        "vision": ["model.visual.patch_embed", "model.visual.pos_embed", "model.visual.blocks"],
+        "projector": ["model.visual.merger", "model.visual.deepstack_merger_list"],
+        "language_model": ["model.language_model", "lm_head"],
+    },
+    "nemotron_h_omni": {
+        "vision": ["vision_model"],
+        "projector": ["multi_modal_projector"],
+        "language_model": ["language_model"],
+    },
+}
+FREEZE_CHOICES = [list(parts) for size in range(len(PARTS)) for parts in itertools.combinations(PARTS, size)]
+LORA_TARGETS: dict[tuple[str, Part], str] = {
+    ("qwen3_vl", "vision"): "linear_fc1",  # a name that the projector has, too
+    ("qwen3_vl", "projector"): "linear_fc1",
+    ("qwen3_vl", "language_model"): "q_proj",
+    ("nemotron_h_omni", "vision"): "q_proj",  # a name that the language model has, too
+    ("nemotron_h_omni", "projector"): "linear_1",
+    ("nemotron_h_omni", "language_model"): "q_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def families(tiny_checkpoint: Callable[[str], Path]) -> dict[str, Family]:
+    return {
+        name: load_family(ModelSection(path=str(tiny_checkpoint(name))), DataSection(rows="unused.json"))
+        for name in FAMILIES
+    }
+
+
+@pytest.fixture
+def family(families: dict[str, Family], family_name: str) -> Family:
+    return families[family_name]
+
+
+@pytest.fixture
+def model(family: Family) -> nn.Module:
+    """Shapes and names only: all that tuning looks at."""
+    return without_weights(family.config)
+
+
+def of_parts(model: nn.Module, family: Family, parts: Iterable[Part]) -> set[str]:
+    """Names of all parameters in the modules of `parts`."""
+    names = set()
+    for path in itertools.chain.from_iterable(MODULES[family.model_type][part] for part in parts):
+        names |= {f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters()}
+    return names
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def copy_of(checkpoint: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, folder / "checkpoint"))
+
+
+def section(path: str | Path) -> ModelSection:
+    return ModelSection(path=str(path), dtype="float32")
+
+
+# What is refused
+
+
+def test_unsupported_architecture_names_the_supported(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}), encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"^the architecture 'llama' of {tmp_path} is not supported") as caught:
+        load_config(str(tmp_path))
+    assert all(name in caught.value.hint for name in FAMILIES)
+
+
+@pytest.mark.parametrize("path", ["/no/such/checkpoint", "runs/no/checkpoint"])
+def test_missing_path(path: str) -> None:
+    with pytest.raises(ModelError, match=rf"^the checkpoint {path} does not exist \(model.path is "):
+        load_config(path)
+
+
+def test_a_folder_without_config_json(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=rf"^{tmp_path} holds no config.json"):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not a valid JSON file"),
+        ("[]", "Should have a `model_type` key"),
+        ("{}", "Should have a `model_type` key"),
+        ('{"model_type": "qwen3_vl", "text_config": 3}', "Field 'text_config' with value 3"),
+    ],
+)
+def test_unreadable_config(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"^the checkpoint {tmp_path} cannot be read: .+check model.path") as caught:
+        load_config(str(tmp_path))
+    assert reason in caught.value.message
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn tokenizer", "no template"])
+def test_a_processor_that_cannot_be_used(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], family_name: str, damage: str
+) -> None:
+    folder = copy_of(tiny_checkpoint(family_name), tmp_path)
+    if damage == "missing":
+        (folder / "processor_config.json").unlink()
+    elif damage == "torn tokenizer":
+        (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    else:
+        (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match=rf"^the processor of {folder} (cannot be read: .+|has no chat template)"):
+        load_family(section(folder), DataSection(rows="unused.json"))
+
+
+@pytest.mark.parametrize("damage", ["no file", "torn", "misshapen", "a tensor lacks"])
+def test_weights_that_do_not_fit(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path], family_name: str, damage: str
+) -> None:
+    folder = copy_of(tiny_checkpoint(family_name), tmp_path)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    if damage == "no file":
+        file.unlink()
+    elif damage == "torn":
+        file.write_bytes(file.read_bytes()[:5000])
+    elif damage == "misshapen":
+        save_file(weights | {name: weights[name][:3].clone()}, file, {"format": "pt"})
+    else:
+        del weights[name]
+        save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"^the weights of {folder} (cannot be loaded|lack 1 tensor)") as caught:
+        load_weights(section(folder), load_config(str(folder)), torch.float32)
+    if damage == "a tensor lacks":
+        assert caught.value.message.endswith(name[name.index("layers.") :])
+
+
+# What is loaded
+
+
+def test_weights_are_the_files(tiny_checkpoint: Callable[[str], Path], family_name: str) -> None:
+    path = tiny_checkpoint(family_name)
+    model: Any = load_weights(section(path), load_config(str(path)), torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    stored, loaded = load_file(path / "model.safetensors"), model.state_dict()
+    name = next(name for name in stored if name.endswith("q_proj.weight"))
+    (match,) = [other for other in loaded if other.endswith(name.split("layers.")[-1]) and "language_model" in other]
+    assert torch.equal(loaded[match], stored[name].to(torch.bfloat16))
+    assert model.config.use_cache is False
+
+
+def test_a_base_that_prunes_does_not_prune_while_training(
+    tmp_path: Path, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    folder = copy_of(tiny_checkpoint("nemotron_h_omni"), tmp_path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "video_pruning_rate": 0.7}), encoding="utf-8")
+    read = load_config(str(folder))
+    assert read.video_pruning_rate == 0.7
+    model: Any = load_weights(section(folder), read, torch.float32)
+    assert model.video_pruning_rate == 0.0
+    assert model.config.video_pruning_rate == 0.0
+
+
+# Parts
+
+
+def test_every_parameter_belongs_to_the_part_of_its_module(model: nn.Module, family: Family) -> None:
+    by_part: dict[Part | None, set[str]] = {}
+    for name, _ in model.named_parameters():
+        by_part.setdefault(part_of(name, family), set()).add(name)
+    assert by_part == {part: of_parts(model, family, [part]) for part in PARTS}
+
+
+def test_a_tensor_of_no_part_is_an_error(family: Family) -> None:
+    with pytest.raises(ModelError, match=r"^the tensor something\.weight belongs to no part of"):
+        part_of("something.weight", family)
+
+
+def test_audio_is_unused_and_frozen(families: dict[str, Family]) -> None:
+    family = families["nemotron_h_omni"]
+    config = load_config(family.config.name_or_path)
+    config.audio_config = ParakeetEncoderConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, projection_hidden_size=16, projection_bias=False
+    )
+    model = apply_tuning(without_weights(config), family, TuningSection(freeze=[]))
+    audio = {name for name, _ in model.named_parameters() if part_of(name, family) is None}
+    assert any(name.startswith("audio_tower.") for name in audio)
+    assert any(name.startswith("embed_audio.") for name in audio)
+    assert trained(model) == of_parts(model, family, PARTS)
+    sizes = {size.part: (size.trainable, size.total) for size in part_sizes(model, family)}
+    assert sizes["unused"] == (0, sum(p.numel() for n, p in model.named_parameters() if n in audio))
+
+
+# Freezing and adapters
+
+
+@pytest.mark.parametrize("freeze", FREEZE_CHOICES, ids=lambda parts: "+".join(parts) or "nothing")
+def test_exactly_the_parts_that_are_not_frozen_train(model: nn.Module, family: Family, freeze: list[Part]) -> None:
+    assert apply_tuning(model, family, TuningSection(freeze=freeze)) is model
+    kept = [part for part in PARTS if part not in freeze]
+    assert trained(model) == of_parts(model, family, kept)
+    assert encoder_trains(model, family) == bool({"vision", "projector"} & set(kept))
+    sizes = {size.part: size for size in part_sizes(model, family)}
+    for part in PARTS:
+        count = sum(p.numel() for n, p in model.named_parameters() if n in of_parts(model, family, [part]))
+        assert (sizes[part].trainable, sizes[part].total) == (count if part in kept else 0, count)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_adapters_are_only_in_the_chosen_part(model: nn.Module, family: Family, part: Part) -> None:
+    target = LORA_TARGETS[family.model_type, part]
+    wanted = {
+        name
+        for path in MODULES[family.model_type][part]
+        for name, module in ((f"{path}.{n}", m) for n, m in model.get_submodule(path).named_modules())
+        if isinstance(module, nn.Linear) and name.endswith(f".{target}")
+    }
+    lora = LoraSection(r=2, parts=[part], targets=[target])
+    adapted = apply_tuning(model, family, TuningSection(method="lora", lora=lora))
+    assert wanted
+    assert trained(adapted) == {
+        f"base_model.model.{name}.lora_{side}.default.weight" for name in wanted for side in "AB"
+    }
+    assert {part_of(name, family) for name in trained(adapted)} == {part}
+
+
+def test_default_adapters(model: nn.Module, family: Family) -> None:
+    adapted = apply_tuning(model, family, TuningSection(method="lora"))
+    names = trained(adapted)
+    assert {part_of(name, family) for name in names} == {"language_model"}
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == set(family.lora_targets)
+    assert not encoder_trains(adapted, family)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LoraSection(targets=["q_prj"]), "no linear layer of language_model is called q_prj"),
+        (LoraSection(targets=["q_proj", "k_prj"]), "no linear layer of language_model is called k_prj"),
+        (LoraSection(parts=["language_model", "projector"]), "no linear layer of projector is called q_proj, "),
+        (LoraSection(targets=["norm"]), "no linear layer of language_model is called norm"),
+    ],
+)
+def test_bad_adapter_targets(model: nn.Module, family: Family, lora: LoraSection, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        apply_tuning(model, family, TuningSection(method="lora", lora=lora))
+    assert caught.value.message.startswith(f"tuning.lora.targets: {message}")
+    assert ("linear_" if "projector" in message else "k_proj") in caught.value.hint
+
+
+# Optimizer groups
+
+
+def groups_of(model: nn.Module, family: Family, optim: OptimSection) -> dict[str, dict[str, Any]]:
+    groups = list(parameter_groups(model, family, optim))
+    assert len({group["name"] for group in groups}) == len(groups)
+    return {group["name"]: group for group in groups}
+
+
+OPTIM = OptimSection(lr=1e-3, lr_by_part={"vision": 1e-4, "projector": 5e-4}, weight_decay=0.1)
+RATES = {"vision": 1e-4, "projector": 5e-4, "language_model": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [TuningSection(freeze=[]), TuningSection(freeze=["vision"]), TuningSection(method="lora")],
+    ids=["all", "vision frozen", "lora"],
+)
+def test_groups_hold_each_trained_parameter_once(model: nn.Module, family: Family, tuning: TuningSection) -> None:
+    tuned = apply_tuning(model, family, tuning)
+    groups = groups_of(tuned, family, OPTIM)
+    names = {id(parameter): name for name, parameter in tuned.named_parameters()}
+    held = [names[id(parameter)] for group in groups.values() for parameter in group["params"]]
+    assert sorted(held) == sorted(trained(tuned))
+    for label, group in groups.items():
+        part = label.removesuffix("_no_decay")
+        assert group["lr"] == RATES[part]
+        assert {part_of(names[id(parameter)], family) for parameter in group["params"]} == {part}
+        decays = not label.endswith("_no_decay")
+        assert group["weight_decay"] == (0.1 if decays else 0.0)
+        assert all((parameter.ndim > 1) == decays for parameter in group["params"])
+
+
+def test_groups_make_an_optimizer(family: Family) -> None:
+    model = apply_tuning(without_weights(family.config), family, TuningSection(freeze=[]))
+    optimizer = torch.optim.AdamW(parameter_groups(model, family, OPTIM))
+    assert {group["name"] for group in optimizer.param_groups} >= set(PARTS)
