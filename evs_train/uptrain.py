@@ -24,7 +24,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-
 from transformers.trainer_utils import get_last_checkpoint
 
 from evs_train import samplers
@@ -234,6 +233,7 @@ class Run:
             deepspeed=None if recipe.deepspeed is None else str(deepspeed_file(recipe.deepspeed)),
             dataloader_num_workers=recipe.data.num_workers,
             dataloader_pin_memory=not on_cpu,
+            ddp_find_unused_parameters=False,  # the hook gives every trained parameter a gradient in every step
             remove_unused_columns=False,
             logging_steps=train.log_every,
             logging_first_step=True,

@@ -51,8 +51,6 @@ def test_rate_zero_is_exact_in_bfloat16(tiny_checkpoint: Callable[[str], Path], 
     batch = to_device(rig.batch(ALL, 0.0))
     config, ids = rig.family.config, batch["input_ids"]
     kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
-    plain = rig.model(
-        input_ids=ids, attention_mask=attention_mask(batch), mm_token_type_ids=kinds, **batch["media"]
-    )
+    plain = rig.model(input_ids=ids, attention_mask=attention_mask(batch), mm_token_type_ids=kinds, **batch["media"])
     pruned, _ = rig.forward(batch)
     assert torch.equal(pruned.logits, plain.logits)
