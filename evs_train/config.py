@@ -29,6 +29,12 @@ PARTS: tuple[Part, ...] = get_args(Part)
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+# Arguments of processors and templates that must stay ours: frames sampled twice would get wrong timestamps, silently.
+_OWN_KWARGS = (
+    "do_sample_frames", "video_metadata", "fps", "num_frames", "return_tensors", "tokenize", "add_generation_prompt",
+)  # fmt: skip
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -82,6 +88,14 @@ class DataSection(Section):
         True, description="decode each video once from end to end before its first use: finds damage that decord hides"
     )
     num_workers: int = Field(2, ge=0, description="processes that decode and tokenize, per rank")
+
+    @field_validator("video_kwargs", "image_kwargs", "template_kwargs")
+    @classmethod
+    def _leaves_ours_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = [key for key in value if key in _OWN_KWARGS]
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be set: evs_train passes it (frames are chosen by data.fps)")
+        return value
 
     @model_validator(mode="after")
     def _one_way_to_sample(self) -> DataSection:

@@ -158,6 +158,20 @@ def test_keys_that_contradict_each_other(overrides: list[str], message: str) -> 
     assert faults(*overrides) == [message]
 
 
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("video_kwargs", "do_sample_frames"),
+        ("video_kwargs", "fps"),
+        ("image_kwargs", "return_tensors"),
+        ("template_kwargs", "add_generation_prompt"),
+    ],
+)
+def test_arguments_that_are_ours(section: str, key: str) -> None:
+    (line,) = faults(f"data.{section}.{key}=true")
+    assert line.startswith(f"data.{section}: {key} cannot be set: ")
+
+
 def test_fps_gives_way_to_num_frames() -> None:
     data = tiny("data.fps=null", "data.num_frames=8").data
     assert (data.fps, data.num_frames) == (None, 8)

@@ -59,6 +59,12 @@ def test_metrics_say_what_was_pruned(train: Callable[..., tuple[Path, Summary]])
     )
 
 
+def test_the_last_steps_are_logged_whatever_the_interval(train: Callable[..., tuple[Path, Summary]]) -> None:
+    output, summary = train("run", train__steps=4, train__log_every=3)
+    assert [line["step"] for line in metrics(output)] == [1, 3, 4]
+    assert summary.last_loss == metrics(output)[-1]["loss"]
+
+
 def test_the_loss_by_rate_is_the_loss(train: Callable[..., tuple[Path, Summary]]) -> None:
     """One rate per step: the bucket of that rate holds the whole loss."""
     output, _ = train("run")

@@ -156,7 +156,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             yield numbered
             count += 1
     except OSError as error:
-        hint = "check the path in data.files"
+        hint = "check the path in data.rows"
         raise DataError(f"{path}: data file cannot be read: {error.strerror}", hint) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})", "save the file as UTF-8") from error
