@@ -48,9 +48,7 @@ class JsonlCallback(TrainerCallback):
             written = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self.path.stat().st_mtime))
             self.path.rename(self.path.with_name(f"{self.path.stem}.{written}{self.path.suffix}"))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log after the last step whatever `log_every` is, or its steps would be missing from the totals."""
         if state.global_step >= state.max_steps:
             control.should_log = True

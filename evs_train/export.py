@@ -24,9 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from evs_train.config import ModelSection, Recipe, parse_recipe
+from evs_train.config import ModelSection, Recipe
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models.loading import load_config, load_weights
+from evs_train.recipe import parse_recipe
 from evs_train.serving import ServingLine, launch_lines
 
 RECORD = "evs_train_record.json"
@@ -60,7 +61,10 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
     record_file = run / "record.json"
     if not record_file.is_file() or not (run / "final").is_dir():
         raise RecipeError(f"{run} holds no finished run", "it needs record.json and final/, which training writes")
-    record = json.loads(record_file.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(record_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{record_file} is not valid JSON: {error}", "training writes it at its start") from error
     recipe = parse_recipe(record["recipe"], str(record_file))
     rate = recipe.export.rate if rate is None else rate
     if not 0.0 <= rate < 1.0:

@@ -75,6 +75,8 @@ class Run:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        if recipe.deepspeed is not None:
+            deepspeed_file(recipe.deepspeed)
         if recipe.demo is not None:
             _build_demo(recipe)
         self.samples = manifest.read_rows(recipe.data.rows, recipe.data.media_root)
@@ -130,6 +132,11 @@ class Run:
     def train(self, report_parts: Callable[[list[PartSize]], None] = lambda parts: None) -> Summary:
         """Train and save to `output_dir/final`; every process must call it."""
         recipe = self.recipe
+        output = Path(recipe.output_dir)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"output_dir: {output} cannot be made: {error.strerror}") from error
         checkpoint = self._checkpoint_to_resume()
         args = self._training_arguments()
         # ZeRO-3 partitions weights as they are read, over a process group that DeepSpeed must know of by then.
@@ -148,7 +155,6 @@ class Run:
             encoder_trains=encoder_trains(model, self.family),
             equal_calls=is_deepspeed_zero3_enabled(),
         )
-        output = Path(recipe.output_dir)
         trainer = UptrainTrainer(
             hook=hook,
             optim=recipe.optim,
@@ -255,7 +261,6 @@ class Run:
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
         }
-        output.mkdir(parents=True, exist_ok=True)
         (output / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -280,6 +285,10 @@ def deepspeed_file(name: str) -> Path:
         raise RecipeError(
             f"deepspeed: there is no configuration '{name}'", f"shipped: {shipped}; or the path of a JSON file"
         )
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"deepspeed: {path} is not valid JSON: {error}") from error
     return path
 
 
@@ -305,7 +314,6 @@ def _prepare_wandb(recipe: Recipe) -> None:
         os.environ.setdefault("WANDB_TAGS", ",".join(tracking.tags))
     if not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
         os.environ.setdefault("WANDB_MODE", "offline")
-    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
 
 
 def _netrc_has_wandb() -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
-from evs_train.config import load_recipe
 from evs_train.errors import EvsTrainError, report
+from evs_train.recipe import load_recipe
 
 
 def main(arguments: list[str]) -> int:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evs_train.config import Recipe, load_recipe
+from evs_train.config import Recipe
+from evs_train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 

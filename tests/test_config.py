@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from evs_train.config import RECIPES_DIR, Recipe, load_recipe, recipe_names
+from evs_train.config import Recipe
 from evs_train.errors import RecipeError
+from evs_train.recipe import RECIPES_DIR, load_recipe, recipe_names
 
 LEAKS = ("Input should", "dict[", "[key]", "Value error", "instance of", "pydantic", "validation", "<unicode string>")
 

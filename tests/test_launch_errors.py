@@ -177,3 +177,25 @@ def test_as_a_process(program: list[str], error: str) -> None:
     done = subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert only_error(done.stderr).startswith(error)
+
+
+def test_bad_deepspeed_file(arguments: list[str], tmp_path: Path, failing: Callable[[int], str]) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text("{", encoding="utf-8")
+    for mode in ("dry_run=true", "dry_run=false"):
+        error = failing(uptrain.main([*arguments, f"deepspeed={file}", mode]))
+        assert error.startswith(f"error: deepspeed: {file} is not valid JSON")
+        assert "there is no configuration 'zero9'" in failing(uptrain.main([*arguments, "deepspeed=zero9", mode]))
+
+
+def test_output_dir_that_cannot_be_made(arguments: list[str], tmp_path: Path, failing: Callable[[int], str]) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    error = failing(uptrain.main([*arguments, f"output_dir={tmp_path / 'file' / 'run'}"]))
+    assert error.startswith(f"error: output_dir: {tmp_path / 'file' / 'run'} cannot be made")
+
+
+def test_torn_record(tmp_path: Path, failing: Callable[[int], str]) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "record.json").write_text("{", encoding="utf-8")
+    error = failing(cli.main(["export", f"run={tmp_path}"]))
+    assert "record.json is not valid JSON" in error

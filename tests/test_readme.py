@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from evs_train.config import load_recipe
+from evs_train.recipe import load_recipe
 from evs_train.samplers import build_sampler
 
 ROOT = Path(__file__).resolve().parents[1]

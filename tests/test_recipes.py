@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evs_train.config import recipe_names
+from evs_train.recipe import recipe_names
 from tests.runs import metrics, torchrun
 
 FAMILY_OF = {
