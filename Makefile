@@ -22,7 +22,7 @@ uptrain: $(STAMP)
 
 # One thread per worker: two workers with all cores each are slower than one.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(STAMP)
 	$(BIN)/ruff check
