@@ -62,6 +62,21 @@ class JsonlCallback(TrainerCallback):
                 file.write(json.dumps(line) + "\n")
 
 
+class RecipeToWandb(TrainerCallback):
+    """Puts the resolved recipe into the W&B run's config. Must come after transformers' own W&B callback."""
+
+    def __init__(self, recipe: dict[str, Any]) -> None:
+        self.recipe = recipe
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if "wandb" in args.report_to and state.is_world_process_zero:
+            import wandb  # noqa: PLC0415 (imported late: only where it is used)
+
+            wandb.config.update({"recipe": self.recipe})
+
+
 class PictureCallback(TrainerCallback):
     """Draws which patches EVS kept in the videos whose plan carries frames; to `folder`, and to W&B where it runs."""
 

@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from transformers.trainer_utils import get_last_checkpoint
 
 from evs_train import samplers
-from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine
+from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb
 from evs_train.collate import BatchPlan, Collator, EvsHook
 from evs_train.config import Recipe
 from evs_train.data import manifest, synthetic
@@ -165,6 +165,7 @@ class Run:
             callbacks=[
                 JsonlCallback(output / "metrics.jsonl", recipe.train.resume),
                 PictureCallback(hook, output / "pictures"),
+                RecipeToWandb(recipe.model_dump()),
             ],
         )
         if trainer.pop_callback(ProgressCallback):

@@ -148,11 +148,11 @@ def test_wandb_runs_offline_without_a_key(
     output, _ = train("run", tracking__wandb=True, train__pictures_every=2)
     import wandb
 
-    wandb.finish()
+    wandb.teardown()  # ends the service process, which writes the file
     assert os.environ["WANDB_MODE"] == "offline"
     (file,) = output.glob("wandb/offline-run-*/*.wandb")
     content = file.read_bytes()
-    for name in (b"evs/video_tokens_after", b"evs/kept", b"lr/vision"):
+    for name in (b"evs/video_tokens_after", b"evs/kept", b"lr/vision", b"tuning", b"pictures_every"):
         assert name in content, name
 
 
