@@ -22,8 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.video_utils import VideoMetadata
 
 from evs_train.errors import ModelError
-from evs_train.models import tiny
-from evs_train.models.tiny import MAX_TOKENS, MIN_TOKENS, STAMP_FILE, TINY_FAMILIES, build_tiny
+from evs_train.models.tiny import STAMP_FILE, TINY_FAMILIES, build_tiny, nemotron, qwen
+from evs_train.models.tiny.common import MAX_TOKENS, MIN_TOKENS
 
 CLASSES = {
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLForConditionalGeneration"),
@@ -39,6 +39,8 @@ TOKEN_IDS = {
     "nemotron_h_omni": {"image_token_id": "<image>", "audio_token_id": "<so_embedding>"},
 }
 QUESTION = {"type": "text", "text": "Which direction does the red square move?"}
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Tiny:
@@ -124,7 +126,7 @@ def test_tokenizer_knows_its_words_and_all_bytes(checkpoint: Tiny) -> None:
     text = "The ☃ said: 日本 <12.3 seconds>\n\tFrame 1 sampled at 0.50 seconds "
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer(" direction seconds square")["input_ids"]) == 3
-    specials = tiny.QWEN_SPECIAL_TOKENS if checkpoint.family == "qwen3_vl" else tiny.NEMOTRON_SPECIAL_TOKENS
+    specials = qwen.QWEN_SPECIAL_TOKENS if checkpoint.family == "qwen3_vl" else nemotron.NEMOTRON_SPECIAL_TOKENS
     assert all(len(tokenizer(token)["input_ids"]) == 1 for token in specials)
     assert "<video>" not in tokenizer.get_vocab()
 
@@ -281,7 +283,7 @@ def test_refusals_name_the_known_and_spare_foreign_files(tmp_path: Path) -> None
 def test_a_killed_build_leaves_no_half_checkpoint(tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     command = [sys.executable, "-m", "evs_train.models.tiny", "--family", "qwen3_vl", "--out", str(out)]
-    process = subprocess.Popen(command, cwd=Path(tiny.__file__).parents[2], stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not any(tmp_path.rglob("config.json")):  # the first file of a checkpoint; the weights follow
         assert process.poll() is None, "the build ended before it could be killed"
