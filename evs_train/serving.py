@@ -9,7 +9,7 @@ Cost: none. What it does NOT do: start an engine, look at the checkpoint, or cho
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Template
 from typing import Literal
 
@@ -36,27 +36,44 @@ class ServingLine:
 
 
 _VLLM_NOTE = "vLLM does not read video_pruning_rate from config.json: without the flag it serves dense."
+_TENSORRT_DENSE = ServingLine(
+    engine="TensorRT-LLM",
+    command="trtllm-serve $checkpoint",
+    reads="unsupported",
+    note="Serves dense: its EVS is implemented for Nemotron multimodal models only.",
+)
+_SGLANG_DENSE = ServingLine(
+    engine="SGLang",
+    command="python -m sglang.launch_server --model-path $checkpoint",
+    reads="unsupported",
+    note="Serves dense: pull request 20857, which adds the rate for Qwen3-VL, was closed without being merged.",
+)
+_QWEN3_VL = {
+    "vLLM": ServingLine(
+        engine="vLLM",
+        command="vllm serve $checkpoint --video-pruning-rate $rate",
+        reads="flag",
+        note=f"{_VLLM_NOTE} Use a version with pull request 33607; before it the prompt and the tokens disagreed.",
+    ),
+    "SGLang": _SGLANG_DENSE,
+    "TensorRT-LLM": _TENSORRT_DENSE,
+}
 # In `command`, $checkpoint and $rate are replaced.
 ENGINES: dict[str, dict[str, ServingLine]] = {
-    "qwen3_vl": {
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL,
+    "qwen2_5_vl": {
         "vLLM": ServingLine(
             engine="vLLM",
             command="vllm serve $checkpoint --video-pruning-rate $rate",
             reads="flag",
-            note=f"{_VLLM_NOTE} Use a version with pull request 33607; before it the prompt and the tokens disagreed.",
+            note=(
+                f"{_VLLM_NOTE} Use a version with pull request 47736: before it every video counts as sampled at 24"
+                " frames per second. See docs/serving.md on positions."
+            ),
         ),
-        "SGLang": ServingLine(
-            engine="SGLang",
-            command="python -m sglang.launch_server --model-path $checkpoint",
-            reads="unsupported",
-            note="Serves dense: pull request 20857, which adds the rate for Qwen3-VL, was closed without being merged.",
-        ),
-        "TensorRT-LLM": ServingLine(
-            engine="TensorRT-LLM",
-            command="trtllm-serve $checkpoint",
-            reads="unsupported",
-            note="Serves dense: its EVS is implemented for Nemotron multimodal models only.",
-        ),
+        "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of Qwen2.5-VL was found in its sources."),
+        "TensorRT-LLM": _TENSORRT_DENSE,
     },
     "nemotron_h_omni": {
         "vLLM": ServingLine(

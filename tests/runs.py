@@ -15,11 +15,12 @@ from evs_train.recipe import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def arguments(recipe: str, checkpoint: Path, rows: Path, output: Path, **overrides: Any) -> list[str]:
-    """Command-line arguments of a short float32 run; `__` in a keyword stands for a dot."""
+def arguments(checkpoint: Path, rows: Path, output: Path, **overrides: Any) -> list[str]:
+    """Arguments of a short float32 run of recipe=tiny on any family's checkpoint; `__` in a keyword is a dot."""
     settings = {
         "model.path": checkpoint,
         "model.dtype": "float32",
+        "demo": None,
         "data.rows": rows,
         "data.num_workers": 0,
         "data.num_frames": 8,
@@ -30,9 +31,7 @@ def arguments(recipe: str, checkpoint: Path, rows: Path, output: Path, **overrid
         "train.pictures_every": None,
         "export.enabled": False,
     } | {key.replace("__", "."): value for key, value in overrides.items()}
-    if recipe.startswith("tiny"):
-        settings["demo"] = None
-    return [f"recipe={recipe}", *(f"{key}={_yaml(value)}" for key, value in settings.items())]
+    return ["recipe=tiny", *(f"{key}={_yaml(value)}" for key, value in settings.items())]
 
 
 def recipe_of(words: list[str]) -> Recipe:

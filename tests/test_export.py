@@ -19,7 +19,6 @@ from evs_train.export import RECORD, export_run, tensor_names
 from evs_train.uptrain import Run
 from tests.runs import arguments, recipe_of
 
-RECIPES = {"qwen3_vl": "tiny", "nemotron_h_omni": "tiny_nemotron"}
 LORA = {"tuning__method": "lora", "optim__lr": 1e-2}
 
 
@@ -35,7 +34,7 @@ def finished(
             output = tmp_path_factory.mktemp(f"{family}_{method}")
             options = LORA if method == "lora" else {}
             settings = {"train__steps": 3, "train__batch_size": 2, **options}
-            run = Run(recipe_of(arguments(RECIPES[family], tiny_checkpoint(family), world, output, **settings)))
+            run = Run(recipe_of(arguments(tiny_checkpoint(family), world, output, **settings)))
             kept: list[Any] = []
             load = run.load_model
             run.load_model = lambda: kept.append(load()) or kept[-1]  # type: ignore[method-assign]

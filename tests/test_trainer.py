@@ -19,7 +19,6 @@ from evs_train.uptrain import Run, Summary
 from tests.runs import arguments, metrics, recipe_of
 
 UNIFORM = {"kind": "uniform", "min": 0.0, "max": 0.9}
-RECIPES = {"qwen3_vl": "tiny", "nemotron_h_omni": "tiny_nemotron"}
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def train(tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path) -
     def run(name: str, family: str = "qwen3_vl", **overrides: Any) -> tuple[Path, Summary]:
         output = tmp_path / name
         settings = {"train__steps": 4, "train__batch_size": 4, "evs__rate": UNIFORM, **overrides}
-        words = arguments(RECIPES[family], tiny_checkpoint(family), world, output, **settings)
+        words = arguments(tiny_checkpoint(family), world, output, **settings)
         return output, Run(recipe_of(words)).train()
 
     return run
@@ -87,10 +86,11 @@ def test_buckets(rate: float, bucket: int) -> None:
     assert bucket_of(rate) == bucket
 
 
-@pytest.mark.parametrize("family", sorted(RECIPES))
-def test_accumulation_does_not_change_loss_or_gradient(family: str, train: Callable[..., tuple[Path, Summary]]) -> None:
-    whole, _ = train("whole", family, train__batch_size=4, train__grad_accumulation=1)
-    split, _ = train("split", family, train__batch_size=1, train__grad_accumulation=4)
+def test_accumulation_does_not_change_loss_or_gradient(
+    family_name: str, train: Callable[..., tuple[Path, Summary]]
+) -> None:
+    whole, _ = train("whole", family_name, train__batch_size=4, train__grad_accumulation=1)
+    split, _ = train("split", family_name, train__batch_size=1, train__grad_accumulation=4)
     residuals = []
     for one, other in zip(metrics(whole), metrics(split), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=2e-5)
@@ -165,7 +165,7 @@ def test_a_bad_row_ends_training_with_its_name(
     rows.write_text(json.dumps({"id": "bad", "video": "broken.mp4", "conversations": turns}) + "\n")
     for workers in (0, 1):
         words = arguments(
-            "tiny", tiny_checkpoint("qwen3_vl"), rows, tmp_path / "out", data__num_workers=workers, train__steps=1
+            tiny_checkpoint("qwen3_vl"), rows, tmp_path / "out", data__num_workers=workers, train__steps=1
         )
         with pytest.raises(MediaError, match=r"broken\.mp4"):
             Run(recipe_of(words)).train()

@@ -1,31 +1,25 @@
-"""Qwen3-VL: m-RoPE positions, deepstack features, one separator with a timestamp before each temporal unit.
+"""Qwen3-VL: deepstack features, one separator with a timestamp before each temporal unit (see `qwen_vl.py`).
 
-Positions are computed with the model's own `get_rope_index` on the unpruned ids, on the host; kept tokens keep theirs,
-and text after a video keeps its place, as in vLLM's Qwen3-VL path. Engines score the concatenation of the pooled
-embeddings and the deepstack features (vLLM, `Qwen3VLForConditionalGeneration`), and so does `score_tensor`.
+Text after a video keeps its place, as in vLLM's Qwen3-VL path. Engines score the concatenation of the pooled embeddings
+and the deepstack features (vLLM, `Qwen3VLForConditionalGeneration`), and so does `score_tensor`.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from evs_train.config import Part
-from evs_train.data.chat import Kind, Media, MediaItem, Prepared
-from evs_train.data.video import Clip, video_metadata
-from evs_train.models.base import Family, Features, frames_tensor, reading_order
+from evs_train.data.chat import Kind, Media
+from evs_train.models.base import Features
+from evs_train.models.qwen_vl import QwenVL
 
 
-class Qwen3VL(Family):
+class Qwen3VL(QwenVL):
     """Adapter of Qwen3-VL (dense)."""
 
     model_type: ClassVar[str] = "qwen3_vl"
@@ -37,101 +31,10 @@ class Qwen3VL(Family):
     lora_targets: ClassVar[tuple[str, ...]] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    shares_encoder: ClassVar[bool] = True
-
-    def __init__(
-        self, config: Any, processor: Any, video_kwargs: Mapping[str, Any] = {}, image_kwargs: Mapping[str, Any] = {}
-    ) -> None:
-        super().__init__(config, processor, video_kwargs, image_kwargs)
-        shallow = copy.deepcopy(config)
-        shallow.text_config.num_hidden_layers = 1
-        shallow.vision_config.depth = 1
-        shallow.vision_config.deepstack_visual_indexes = []
-        with torch.device("meta"):  # no weights: only its position arithmetic is used
-            self._positions_of = AutoModel.from_config(shallow).get_rope_index
-
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
-        clips = [self._whole_unit(clip) for clip in clips]
-        batch = self.processor(
-            text=[text],
-            images=list(images) or None,
-            videos=[frames_tensor(clip) for clip in clips] or None,
-            return_tensors="pt",
-            images_kwargs=self.image_kwargs,
-            videos_kwargs={
-                "video_metadata": [video_metadata(clip) for clip in clips],
-                "do_sample_frames": False,
-                **self.video_kwargs,
-            },
-        )
-        media = {
-            name: batch[name]
-            for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-            if name in batch
-        }
-        placeholders: dict[Kind, str] = {"video": self.processor.video_token, "image": self.processor.image_token}
-        items: dict[Kind, list[MediaItem]] = {
-            "video": self._items("video", media.get("video_grid_thw")),
-            "image": self._items("image", media.get("image_grid_thw")),
-        }
-        ids = batch["input_ids"][0]
-        return Prepared(
-            input_ids=ids,
-            media=media,
-            items=reading_order(text, placeholders, items),
-            media_mask=batch["mm_token_type_ids"][0] != 0,
-        )
-
-    def _whole_unit(self, clip: Clip) -> Clip:
-        """A still, for one whole unit: the processor repeats the last frame of odd clips, but refuses a single one."""
-        missing = self.config.vision_config.temporal_patch_size - len(clip.frames)
-        if missing <= 0:
-            return clip
-        return dataclasses.replace(
-            clip,
-            frames=np.pad(clip.frames, ((0, missing), (0, 0), (0, 0), (0, 0)), mode="edge"),
-            frame_indices=[*clip.frame_indices, *clip.frame_indices[-1:] * missing],
-            timestamps=np.pad(clip.timestamps, (0, missing), mode="edge"),
-        )
-
-    def _items(self, kind: Kind, grid_thw: Tensor | None) -> list[MediaItem]:
-        if grid_thw is None:
-            return []
-        merge = self.config.vision_config.spatial_merge_size
-        return [MediaItem(kind, t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
-
-    def position_ids(self, prepared: Prepared) -> Tensor:
-        ids = prepared.input_ids[None]
-        kinds = torch.zeros_like(ids)
-        kinds[ids == self.config.image_token_id] = 1
-        kinds[ids == self.config.video_token_id] = 2
-        positions: Tensor = self._positions_of(
-            ids,
-            kinds,
-            image_grid_thw=prepared.media.get("image_grid_thw"),
-            video_grid_thw=prepared.media.get("video_grid_thw"),
-        )[0]
-        return positions[:, 0]  # (3, 1, L) -> (3, L)
 
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
-        if kind == "video":
-            out = model.get_video_features(media["pixel_values_videos"], media["video_grid_thw"], return_dict=True)
-        else:
-            out = model.get_image_features(media["pixel_values"], media["image_grid_thw"], return_dict=True)
+        out = self._encoded(model, media, kind)
         return [list(layers) for layers in zip(out.pooler_output, *out.deepstack_features, strict=True)]
-
-    def num_encoder_calls(self, media: Media, kind: Kind) -> int:
-        return int(("video_grid_thw" if kind == "video" else "image_grid_thw") in media)
-
-    def blank(self, kind: Kind) -> Media:
-        vision = self.config.vision_config
-        side = vision.spatial_merge_size
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        pixels = torch.zeros(side * side, patch)
-        grid = torch.tensor([[1, side, side]])
-        if kind == "video":
-            return {"pixel_values_videos": pixels, "video_grid_thw": grid}
-        return {"pixel_values": pixels, "image_grid_thw": grid}
 
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         outputs = {}

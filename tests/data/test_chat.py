@@ -16,6 +16,7 @@ from evs_train.data.chat import IGNORE_INDEX, Example, MediaItem, build_example
 from evs_train.data.manifest import Sample
 from evs_train.data.video import Clip, video_metadata
 from evs_train.errors import DataError
+from evs_train.models import FAMILIES
 from evs_train.models.base import Family, frames_tensor
 from evs_train.models.loading import load_family
 from evs_train.models.tiny import build_tiny
@@ -24,12 +25,14 @@ END = "<|im_end|>"
 SOURCE = "rows.json row 7"
 VIDEO, IMAGE = {"type": "video"}, {"type": "image"}
 # The template of the tiny Nemotron, as of the real one, opens the answer with an empty thought.
-HEADERS = {"qwen3_vl": "<|im_start|>assistant\n", "nemotron_h_omni": "<|im_start|>assistant\n<think></think>"}
+HEADERS = dict.fromkeys(FAMILIES, "<|im_start|>assistant\n") | {
+    "nemotron_h_omni": "<|im_start|>assistant\n<think></think>"
+}
 
 
 @pytest.fixture(scope="module")
 def families(tiny_checkpoint: Callable[[str], Path]) -> dict[str, Family]:
-    return {name: _family(tiny_checkpoint(name)) for name in HEADERS}
+    return {name: _family(tiny_checkpoint(name)) for name in FAMILIES}
 
 
 @pytest.fixture
@@ -327,8 +330,9 @@ def test_nemotron_expands_a_video_as_its_processor_does(
     assert "sampled at 0.00 seconds" in family.processor.tokenizer.decode(example.input_ids)
 
 
-def test_qwen_ids_are_its_processors(families: dict[str, Family]) -> None:
-    family = families["qwen3_vl"]
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl"])
+def test_qwen_ids_are_its_processors(families: dict[str, Family], name: str) -> None:
+    family = families[name]
     row = sample(("user", [VIDEO, "What?", IMAGE]), ("assistant", ["That."]))
     video, picture = clip(6), image()
     text = family.processor.apply_chat_template(list(row.messages), tokenize=False)

@@ -16,12 +16,10 @@ from evs_train.data.manifest import read_rows
 from tests.runs import arguments, metrics, torchrun
 
 STEPS = 6
-RECIPES = {"qwen3_vl": "tiny", "nemotron_h_omni": "tiny_nemotron"}
 
 
-def run(family: str, checkpoint: Path, rows: Path, output: Path, processes: int, deepspeed: str | None) -> Path:
+def run(checkpoint: Path, rows: Path, output: Path, processes: int, deepspeed: str | None) -> Path:
     words = arguments(
-        RECIPES[family],
         checkpoint,
         rows,
         output,
@@ -41,7 +39,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
     def output_of(family: str, checkpoint: Path, rows: Path) -> Path:
         if family not in finished:
-            finished[family] = run(family, checkpoint, rows, tmp_path_factory.mktemp("one"), 1, None)
+            finished[family] = run(checkpoint, rows, tmp_path_factory.mktemp("one"), 1, None)
         return finished[family]
 
     return output_of
@@ -69,7 +67,7 @@ def test_two_processes_give_the_curve_of_one(
 ) -> None:
     checkpoint = tiny_checkpoint(family_name)
     expected = metrics(one_process(family_name, checkpoint, mixed_rows))
-    found = metrics(run(family_name, checkpoint, mixed_rows, tmp_path / "two", 2, deepspeed))
+    found = metrics(run(checkpoint, mixed_rows, tmp_path / "two", 2, deepspeed))
     assert len(found) == len(expected) == STEPS
     for one, two in zip(expected, found, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from evs_train.data.synthetic import write_dataset
+from evs_train.models import FAMILIES
 from evs_train.models.tiny import build_tiny
 from evs_train.uptrain import Run
 from tests.runs import arguments, metrics, recipe_of
 
 CURVES = Path(__file__).with_name("curves.json")
-RECIPES = {"qwen3_vl": "tiny", "nemotron_h_omni": "tiny_nemotron"}
 
 
 def curve(family: str, folder: Path) -> list[float]:
@@ -26,7 +26,6 @@ def curve(family: str, folder: Path) -> list[float]:
     checkpoint = build_tiny(family, folder / family)
     rows = write_dataset(folder / "world", num_clips=16, seed=0, size=64, num_frames=12)
     words = arguments(
-        RECIPES[family],
         checkpoint,
         rows,
         folder / f"run_{family}",
@@ -41,6 +40,6 @@ def curve(family: str, folder: Path) -> list[float]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        curves = {family: curve(family, Path(temporary)) for family in RECIPES}
+        curves = {family: curve(family, Path(temporary)) for family in FAMILIES}
     CURVES.write_text(json.dumps(curves, indent=1) + "\n")
     print(f"wrote {CURVES}")

@@ -27,17 +27,17 @@ from evs_train.models.tiny.common import MAX_TOKENS, MIN_TOKENS
 
 CLASSES = {
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLForConditionalGeneration"),
+    "qwen3_vl_moe": ("Qwen3VLProcessor", "Qwen3VLMoeForConditionalGeneration"),
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2_5_VLForConditionalGeneration"),
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3Processor", "NemotronH_Omni_Reasoning_V3"),
 }
-TOKEN_IDS = {
-    "qwen3_vl": {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    },
-    "nemotron_h_omni": {"image_token_id": "<image>", "audio_token_id": "<so_embedding>"},
+QWEN_TOKEN_IDS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
 }
+NEMOTRON_TOKEN_IDS = {"image_token_id": "<image>", "audio_token_id": "<so_embedding>"}
 QUESTION = {"type": "text", "text": "Which direction does the red square move?"}
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +48,7 @@ class Tiny:
 
     def __init__(self, family: str, path: Path) -> None:
         self.family = family
+        self.is_qwen = family.startswith("qwen")
         self.path = path
         self.processor: Any = AutoProcessor.from_pretrained(path)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(path).eval()
@@ -68,16 +69,16 @@ class Tiny:
             text=[self.text({"type": "video"}, QUESTION)],
             videos=[frames],
             # Nemotron's processor reads the metadata of the one video it takes; Qwen's wants a list.
-            video_metadata=[metadata] if self.family == "qwen3_vl" else metadata,
+            video_metadata=[metadata] if self.is_qwen else metadata,
             do_sample_frames=False,
             return_tensors="pt",
         )
 
     def video_features(self, batch: Any) -> torch.Tensor:
         """Features of the batch's one video, (num_tokens, D)."""
-        extra = [batch["video_grid_thw"]] if self.family == "qwen3_vl" else []
+        extra = [batch["video_grid_thw"]] if self.is_qwen else []
         out = self.model.get_video_features(batch["pixel_values_videos"], *extra, return_dict=True)
-        return out.pooler_output[0] if self.family == "qwen3_vl" else out.pooler_output.flatten(0, 1)
+        return out.pooler_output[0] if self.is_qwen else out.pooler_output.flatten(0, 1)
 
     def count(self, batch: Any, token: str) -> int:
         return int((batch["input_ids"] == self.processor.tokenizer.convert_tokens_to_ids(token)).sum())
@@ -100,7 +101,7 @@ def test_auto_classes_and_token_ids(checkpoint: Tiny) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     assert 600 <= len(tokenizer) <= 1000
     assert len(tokenizer) == config.get_text_config().vocab_size
-    for name, token in TOKEN_IDS[checkpoint.family].items():
+    for name, token in (QWEN_TOKEN_IDS if checkpoint.is_qwen else NEMOTRON_TOKEN_IDS).items():
         assert getattr(config, name) == tokenizer.convert_tokens_to_ids(token), name
     generation = GenerationConfig.from_pretrained(checkpoint.path)
     for ids in (generation, config.get_text_config()):
@@ -111,8 +112,10 @@ def test_auto_classes_and_token_ids(checkpoint: Tiny) -> None:
 
 def test_layers_cover_the_family(checkpoint: Tiny) -> None:
     config = checkpoint.model.config
-    if checkpoint.family == "qwen3_vl":
+    if checkpoint.family.startswith("qwen3_vl"):
         assert len(checkpoint.model.model.visual.deepstack_merger_list) == 2
+    elif checkpoint.family == "qwen2_5_vl":
+        assert 0 < len(config.vision_config.fullatt_block_indexes) < config.vision_config.depth
     else:
         assert set(config.text_config.layers_block_type) == {"linear_attention", "moe", "full_attention", "mlp"}
         assert config.audio_config is None
@@ -126,7 +129,7 @@ def test_tokenizer_knows_its_words_and_all_bytes(checkpoint: Tiny) -> None:
     text = "The ☃ said: 日本 <12.3 seconds>\n\tFrame 1 sampled at 0.50 seconds "
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer(" direction seconds square")["input_ids"]) == 3
-    specials = qwen.QWEN_SPECIAL_TOKENS if checkpoint.family == "qwen3_vl" else nemotron.NEMOTRON_SPECIAL_TOKENS
+    specials = qwen.QWEN_SPECIAL_TOKENS if checkpoint.is_qwen else nemotron.NEMOTRON_SPECIAL_TOKENS
     assert all(len(tokenizer(token)["input_ids"]) == 1 for token in specials)
     assert "<video>" not in tokenizer.get_vocab()
 
@@ -142,7 +145,7 @@ def test_weights_round_trip_bit_for_bit(checkpoint: Tiny, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("num_frames", "height", "width"), [(8, 64, 64), (9, 96, 96), (4, 270, 480), (4, 480, 270)])
 def test_video_tokens_match_features(checkpoint: Tiny, num_frames: int, height: int, width: int) -> None:
     batch = checkpoint.video_batch(num_frames, height, width)
-    token = "<|video_pad|>" if checkpoint.family == "qwen3_vl" else "<image>"
+    token = "<|video_pad|>" if checkpoint.is_qwen else "<image>"
     with torch.no_grad():
         features = checkpoint.video_features(batch)
     num_units = math.ceil(num_frames / 2)
@@ -156,11 +159,14 @@ def test_video_tokens_match_features(checkpoint: Tiny, num_frames: int, height: 
 def test_video_forward(checkpoint: Tiny) -> None:
     batch = checkpoint.video_batch(8, 64, 64)
     with torch.no_grad():
-        if checkpoint.family == "qwen3_vl":
+        if checkpoint.is_qwen:
             is_video = batch["input_ids"] == checkpoint.model.config.video_token_id
             assert torch.equal(batch["mm_token_type_ids"] == 2, is_video)
             logits = checkpoint.model(**batch).logits
-            assert "<0.2 seconds>" in checkpoint.processor.tokenizer.decode(batch["input_ids"][0])
+            decoded = checkpoint.processor.tokenizer.decode(batch["input_ids"][0])
+            assert ("<0.2 seconds>" in decoded) == checkpoint.family.startswith(
+                "qwen3_vl"
+            )  # the others' time is elsewhere
         else:
             outputs = {"video": BaseModelOutputWithPooling(pooler_output=(checkpoint.video_features(batch),))}
             text_inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -176,11 +182,11 @@ def test_image_tokens_match_features(checkpoint: Tiny, size: tuple[int, int]) ->
     image = Image.new("RGB", size, "red")
     text = checkpoint.text({"type": "image"}, QUESTION)
     batch = checkpoint.processor(text=[text], images=[image], return_tensors="pt")
-    grid = batch["image_grid_thw" if checkpoint.family == "qwen3_vl" else "image_grid_hw"]
+    grid = batch["image_grid_thw" if checkpoint.is_qwen else "image_grid_hw"]
     with torch.no_grad():
         features = checkpoint.model.get_image_features(batch["pixel_values"], grid, return_dict=True).pooler_output[0]
         logits = checkpoint.model(**batch).logits
-    token = "<|image_pad|>" if checkpoint.family == "qwen3_vl" else "<image>"
+    token = "<|image_pad|>" if checkpoint.is_qwen else "<image>"
     assert checkpoint.count(batch, token) == len(features)
     assert MIN_TOKENS <= len(features) <= MAX_TOKENS
     assert logits.isfinite().all()
@@ -225,8 +231,8 @@ def test_chat_template_keeps_the_prompt_as_prefix(checkpoint: Tiny, enable_think
         prompt = render(conversation[:turn], prompt=True)
         assert whole.startswith(prompt)
         assert whole[len(prompt) :].startswith(("Left.<|im_end|>\n", "Up.<|im_end|>\n"))
-    opening = "" if checkpoint.family == "qwen3_vl" else "<think>\n" if enable_thinking else "<think></think>"
-    video = "<|vision_start|><|video_pad|><|vision_end|>" if checkpoint.family == "qwen3_vl" else "<video>"
+    opening = "" if checkpoint.is_qwen else "<think>\n" if enable_thinking else "<think></think>"
+    video = "<|vision_start|><|video_pad|><|vision_end|>" if checkpoint.is_qwen else "<video>"
     assert render([user], prompt=True) == (
         f"<|im_start|>user\n{video}{QUESTION['text']}<|im_end|>\n<|im_start|>assistant\n{opening}"
     )
@@ -270,7 +276,7 @@ def test_same_arguments_leave_the_directory_alone_others_replace_it(tmp_path: Pa
 
 
 def test_refusals_name_the_known_and_spare_foreign_files(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"llava.*qwen3_vl, nemotron_h_omni"):
+    with pytest.raises(ModelError, match=r"llava.*qwen3_vl, .*nemotron_h_omni"):
         build_tiny("llava", tmp_path / "new")
     with pytest.raises(ModelError, match=r"float16.*float32, bfloat16"):
         build_tiny("qwen3_vl", tmp_path / "new", dtype="float16")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from evs_train.models import FAMILIES
 from tests.parity.rig import Rig
 
 _RIGS: dict[str, Rig] = {}
@@ -19,6 +20,12 @@ def rig(family_name: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Pa
 @pytest.fixture
 def qwen(tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
     return fresh("qwen3_vl", tiny_checkpoint, mixed_rows)
+
+
+@pytest.fixture(params=sorted(FAMILIES.keys() - {"nemotron_h_omni"}))
+def attention_rig(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
+    """A rig of every family whose tokens meet in attention only, so that masking a token takes it away."""
+    return fresh(request.param, tiny_checkpoint, mixed_rows)
 
 
 @pytest.fixture

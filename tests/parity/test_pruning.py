@@ -32,13 +32,14 @@ def captured_inputs(rig: Rig, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_dropping_equals_masking(qwen: Rig, rate: float) -> None:
-    batch = qwen.batch(MIXED, rate)
-    kept = kept_positions(qwen, batch)
-    dropped, hook = qwen.forward(batch)
+def test_dropping_equals_masking(attention_rig: Rig, rate: float) -> None:
+    rig = attention_rig
+    batch = rig.batch(MIXED, rate)
+    kept = kept_positions(rig, batch)
+    dropped, hook = rig.forward(batch)
 
     ids = batch["input_ids"]
-    masked = qwen.model(
+    masked = rig.model(
         input_ids=ids,
         attention_mask=attention_mask(batch) * kept,
         position_ids=batch["position_ids"],

@@ -50,7 +50,12 @@ def plain_nemotron(rig: Rig, batch: dict[str, Any]) -> Any:
     return out
 
 
-PLAIN = {"qwen3_vl": plain_qwen, "nemotron_h_omni": plain_nemotron}
+PLAIN = {
+    "qwen3_vl": plain_qwen,
+    "qwen3_vl_moe": plain_qwen,
+    "qwen2_5_vl": plain_qwen,
+    "nemotron_h_omni": plain_nemotron,
+}
 
 
 @pytest.mark.parametrize("names", BATCHES, ids="+".join)

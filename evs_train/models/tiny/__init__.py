@@ -31,6 +31,8 @@ _HERE = Path(__file__).parent
 Builder = Callable[[Iterable[str]], tuple[hf.ProcessorMixin, hf.PreTrainedModel]]
 TINY_FAMILIES: dict[str, Builder] = {
     "qwen3_vl": qwen.qwen3_vl,
+    "qwen3_vl_moe": qwen.qwen3_vl_moe,
+    "qwen2_5_vl": qwen.qwen2_5_vl,
     "nemotron_h_omni": nemotron.nemotron_h_omni,
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# Geometry shared by both families: 8 px patches, 2 x 2 merged into one token, 2 frames per temporal unit.
+# Geometry shared by all families: 8 px patches, 2 x 2 merged into one token, 2 frames per temporal unit.
 PATCH_SIZE = 8
 MERGE_SIZE = 2
 TEMPORAL_PATCH_SIZE = 2

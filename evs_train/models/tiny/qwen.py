@@ -33,53 +33,113 @@ QWEN_TOKENIZER: dict[str, Any] = {
     "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
     "extra_special_tokens": QWEN_SPECIAL_TOKENS, "model_max_length": CONTEXT_LENGTH,
 }
-QWEN_TEXT: dict[str, Any] = TEXT | {
+QWEN3_TEXT: dict[str, Any] = TEXT | {
     "num_hidden_layers": 3,
     "rope_parameters": {"rope_theta": 500000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
 }
-QWEN_VISION: dict[str, Any] = {
+QWEN3_MOE_TEXT: dict[str, Any] = QWEN3_TEXT | {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN_SIZE // 2,
+}
+QWEN25_TEXT: dict[str, Any] = {name: value for name, value in TEXT.items() if name != "head_dim"} | {
+    "num_hidden_layers": 3,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default", "mrope_section": [4, 6, 6]},
+}
+VISION: dict[str, Any] = {
     "depth": 3, "hidden_size": VISION_HIDDEN_SIZE, "intermediate_size": 2 * VISION_HIDDEN_SIZE, "num_heads": 4,
     "patch_size": PATCH_SIZE, "spatial_merge_size": MERGE_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-    "out_hidden_size": HIDDEN_SIZE, "num_position_embeddings": 12 * 12, "deepstack_visual_indexes": [0, 1],
+    "out_hidden_size": HIDDEN_SIZE,
 }
-QWEN_PIXELS: dict[str, Any] = {
+QWEN3_VISION: dict[str, Any] = VISION | {"num_position_embeddings": 12 * 12, "deepstack_visual_indexes": [0, 1]}
+# Windows of 2 x 2 tokens; the last layer sees whole units.
+QWEN25_VISION: dict[str, Any] = VISION | {
+    "window_size": 2 * MERGE_SIZE * PATCH_SIZE, "fullatt_block_indexes": [2], "tokens_per_second": 2,
+}
+PIXELS: dict[str, Any] = {
     "patch_size": PATCH_SIZE, "merge_size": MERGE_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE,
     "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
 }
+EDGES = {"shortest_edge": MIN_TOKENS * TOKEN_PIXELS, "longest_edge": MAX_TOKENS * TOKEN_PIXELS}
 # fmt: on
 
+Tiny = tuple[hf.ProcessorMixin, hf.PreTrainedModel]
 
-def qwen3_vl(texts: Iterable[str]) -> tuple[hf.ProcessorMixin, hf.PreTrainedModel]:
-    """Qwen3-VL: interleaved m-RoPE, a three-layer vision tower with deepstack from the first two layers."""
+
+def _tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerBase:
     bpe = json.loads(train_bpe(texts, []).to_str())["model"]
-    tokenizer = hf.Qwen2Tokenizer(
+    tokenizer: hf.PreTrainedTokenizerBase = hf.Qwen2Tokenizer(
         vocab=bpe["vocab"],
         merges=[tuple(pair) for pair in bpe["merges"]],
         **QWEN_TOKENIZER,
     )
-    pixels = {"shortest_edge": MIN_TOKENS * TOKEN_PIXELS, "longest_edge": MAX_TOKENS * TOKEN_PIXELS}
-    processor = hf.Qwen3VLProcessor(
-        image_processor=hf.Qwen2VLImageProcessor(size=pixels, **QWEN_PIXELS),
-        tokenizer=tokenizer,
+    return tokenizer
+
+
+def _qwen3_processor(texts: Iterable[str]) -> hf.ProcessorMixin:
+    return hf.Qwen3VLProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(size=EDGES, **PIXELS),
+        tokenizer=_tokenizer(texts),
         # A video's "edges" are pixels of the whole clip. The cap bounds each frame however many there are; from 128
         # frames on the clip's budget takes over and thins a frame to about MIN_TOKENS.
         video_processor=hf.Qwen3VLVideoProcessor(
-            size=pixels | {"longest_edge": 128 * pixels["longest_edge"]},
+            size=EDGES | {"longest_edge": 128 * EDGES["longest_edge"]},
             cap_pixels_per_frame=True,
             max_video_tokens=MAX_TOKENS,
-            **QWEN_PIXELS,
+            **PIXELS,
         ),
-        chat_template=chat_template(
-            "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>", "''"
-        ),
+        chat_template=_chat_template(),
     )
+
+
+def _chat_template() -> str:
+    return chat_template(
+        "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>", "''"
+    )
+
+
+def _special_ids(tokenizer: hf.PreTrainedTokenizerBase) -> dict[str, int]:
     token_id = tokenizer.convert_tokens_to_ids
+    return {
+        "image_token_id": token_id("<|image_pad|>"),
+        "video_token_id": token_id("<|video_pad|>"),
+        "vision_start_token_id": token_id("<|vision_start|>"),
+        "vision_end_token_id": token_id("<|vision_end|>"),
+    }
+
+
+def qwen3_vl(texts: Iterable[str]) -> Tiny:
+    """Qwen3-VL: interleaved m-RoPE, a three-layer vision tower with deepstack from the first two layers."""
+    processor = _qwen3_processor(texts)
     config = hf.Qwen3VLConfig(
-        text_config=QWEN_TEXT | vocabulary(tokenizer, bos="<|endoftext|>"),
-        vision_config=dict(QWEN_VISION),
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
+        text_config=QWEN3_TEXT | vocabulary(processor.tokenizer, bos="<|endoftext|>"),
+        vision_config=dict(QWEN3_VISION),
+        **_special_ids(processor.tokenizer),
     )
     return processor, hf.Qwen3VLForConditionalGeneration(config)
+
+
+def qwen3_vl_moe(texts: Iterable[str]) -> Tiny:
+    """Qwen3-VL-MoE: as Qwen3-VL, with four experts in every layer, two of them active."""
+    processor = _qwen3_processor(texts)
+    config = hf.Qwen3VLMoeConfig(
+        text_config=QWEN3_MOE_TEXT | vocabulary(processor.tokenizer, bos="<|endoftext|>"),
+        vision_config=dict(QWEN3_VISION),
+        **_special_ids(processor.tokenizer),
+    )
+    return processor, hf.Qwen3VLMoeForConditionalGeneration(config)
+
+
+def qwen2_5_vl(texts: Iterable[str]) -> Tiny:
+    """Qwen2.5-VL: m-RoPE in three sections, a three-layer vision tower with window attention in the first two."""
+    tokenizer = _tokenizer(texts)
+    processor = hf.Qwen2_5_VLProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(size=EDGES, **PIXELS),
+        tokenizer=tokenizer,
+        video_processor=hf.Qwen2VLVideoProcessor(size=EDGES, cap_pixels_per_frame=False, **PIXELS),
+        chat_template=_chat_template(),
+    )
+    config = hf.Qwen2_5_VLConfig(
+        text_config=QWEN25_TEXT | vocabulary(tokenizer, bos="<|endoftext|>"),
+        vision_config=dict(QWEN25_VISION),
+        **_special_ids(tokenizer),
+    )
+    return processor, hf.Qwen2_5_VLForConditionalGeneration(config)

@@ -1,0 +1,41 @@
+"""Qwen2.5-VL: windowed vision attention, no deepstack; time is in the positions, not in the text.
+
+All tokens of a video stand between one `<|vision_start|>` and one `<|vision_end|>`. Unit t of a video has the temporal
+position `int(t * tokens_per_second * second_per_grid)` after the text before it, where second_per_grid is the video's
+length times two over its sampled frames; the processor computes it from the clip's metadata, and it travels with the
+encoder inputs. Text after a video goes on behind the larger side of its grid, however long it is, as in transformers
+5.23; the model was published with text behind the last temporal position too. vLLM does the latter for an unpruned
+video, and behind the grid's width for a pruned one (`vllm/multimodal/evs.py`).
+
+Engines score the pooled embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from evs_train.config import Part
+from evs_train.data.chat import Kind
+from evs_train.models.base import Features
+from evs_train.models.qwen_vl import QwenVL
+
+
+class Qwen25VL(QwenVL):
+    """Adapter of Qwen2.5-VL."""
+
+    model_type: ClassVar[str] = "qwen2_5_vl"
+    parts: ClassVar[Mapping[Part, tuple[str, ...]]] = {
+        "projector": ("model.visual.merger.",),
+        "vision": ("model.visual.",),
+        "language_model": ("model.language_model.", "lm_head."),
+    }
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+
+    def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
+        pooled = {kind: tuple(item[0] for of, item in features if of == kind) for kind in ("image", "video")}
+        return {kind: BaseModelOutputWithPooling(pooler_output=embeds) for kind, embeds in pooled.items() if embeds}

@@ -1,0 +1,118 @@
+"""What the Qwen VL families share: one processor call per sample, m-RoPE positions, flat patches with their grids.
+
+Positions are computed with the model's own `get_rope_index` on the unpruned ids, on the host; kept tokens keep theirs,
+and text after a video keeps its place. A family adds what its encoder returns and what the engines score.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AutoModel
+
+from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.video import Clip, video_metadata
+from evs_train.models.base import Family, Features, frames_tensor, reading_order
+
+POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", *POSITION_INPUTS)
+
+
+class QwenVL(Family):
+    """Base of the Qwen VL adapters."""
+
+    shares_encoder: ClassVar[bool] = True
+
+    def __init__(
+        self, config: Any, processor: Any, video_kwargs: Mapping[str, Any] = {}, image_kwargs: Mapping[str, Any] = {}
+    ) -> None:
+        super().__init__(config, processor, video_kwargs, image_kwargs)
+        shallow = copy.deepcopy(config)
+        shallow.text_config.num_hidden_layers = 1
+        shallow.vision_config.depth = 1
+        with torch.device("meta"):  # no weights: only its position arithmetic is used
+            self._positions_of = AutoModel.from_config(shallow).get_rope_index
+
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+        clips = [self._whole_unit(clip) for clip in clips]
+        batch = self.processor(
+            text=[text],
+            images=list(images) or None,
+            videos=[frames_tensor(clip) for clip in clips] or None,
+            return_tensors="pt",
+            images_kwargs=self.image_kwargs,
+            videos_kwargs={
+                "video_metadata": [video_metadata(clip) for clip in clips],
+                "do_sample_frames": False,
+                **self.video_kwargs,
+            },
+        )
+        media = {name: batch[name] for name in MEDIA_INPUTS if name in batch}
+        placeholders: dict[Kind, str] = {"video": self.processor.video_token, "image": self.processor.image_token}
+        items: dict[Kind, list[MediaItem]] = {
+            "video": self._items("video", media.get("video_grid_thw")),
+            "image": self._items("image", media.get("image_grid_thw")),
+        }
+        ids = batch["input_ids"][0]
+        return Prepared(
+            input_ids=ids,
+            media=media,
+            items=reading_order(text, placeholders, items),
+            media_mask=batch["mm_token_type_ids"][0] != 0,
+        )
+
+    def _whole_unit(self, clip: Clip) -> Clip:
+        """A still, for a whole unit: processors repeat the last frame of odd clips; Qwen3-VL's refuses a single one."""
+        missing = self.config.vision_config.temporal_patch_size - len(clip.frames)
+        if missing <= 0:
+            return clip
+        return dataclasses.replace(
+            clip,
+            frames=np.pad(clip.frames, ((0, missing), (0, 0), (0, 0), (0, 0)), mode="edge"),
+            frame_indices=[*clip.frame_indices, *clip.frame_indices[-1:] * missing],
+            timestamps=np.pad(clip.timestamps, (0, missing), mode="edge"),
+        )
+
+    def _items(self, kind: Kind, grid_thw: Tensor | None) -> list[MediaItem]:
+        if grid_thw is None:
+            return []
+        merge = self.config.vision_config.spatial_merge_size
+        return [MediaItem(kind, t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
+
+    def position_ids(self, prepared: Prepared) -> Tensor:
+        ids = prepared.input_ids[None]
+        kinds = torch.zeros_like(ids)
+        kinds[ids == self.config.image_token_id] = 1
+        kinds[ids == self.config.video_token_id] = 2
+        inputs = {name: prepared.media[name] for name in POSITION_INPUTS if name in prepared.media}
+        positions: Tensor = self._positions_of(ids, kinds, **inputs)[0]
+        return positions[:, 0]  # (3, 1, L) -> (3, L)
+
+    def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
+        return [[embeds] for embeds in self._encoded(model, media, kind).pooler_output]
+
+    def _encoded(self, model: Any, media: Media, kind: Kind) -> Any:
+        """What the model's encoder returns for all videos, or all images, of a batch."""
+        if kind == "video":
+            return model.get_video_features(media["pixel_values_videos"], media["video_grid_thw"], return_dict=True)
+        return model.get_image_features(media["pixel_values"], media["image_grid_thw"], return_dict=True)
+
+    def num_encoder_calls(self, media: Media, kind: Kind) -> int:
+        return int(("video_grid_thw" if kind == "video" else "image_grid_thw") in media)
+
+    def blank(self, kind: Kind) -> Media:
+        vision = self.config.vision_config
+        side = vision.spatial_merge_size
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.zeros(side * side, patch)
+        grid = torch.tensor([[1, side, side]])
+        if kind == "video":
+            return {"pixel_values_videos": pixels, "video_grid_thw": grid}
+        return {"pixel_values": pixels, "image_grid_thw": grid}
