@@ -3,8 +3,8 @@
 Everything but weights comes from the base checkpoint unchanged (config.json, tokenizer, processor, templates), with
 `video_pruning_rate` added at the top level of config.json; engines that know the base model then know the export.
 
-Invariant: the tensors of the export have the names of the base checkpoint's, or there is no export. It is written
-beside its destination and renamed, so a torn one is never seen. Cost: the model once in memory, on the CPU.
+Invariant: the tensors of the export have the names and shapes of the base checkpoint's, or there is no export. It is
+written beside its destination and renamed, so a torn one is never seen. Cost: the model once in memory, on the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from evs_train.config import ModelSection, Recipe
@@ -55,7 +55,8 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
 
     Raises:
         RecipeError: the run is not finished, or `rate` is out of range.
-        ModelError: the base cannot be read, the destination is taken, or tensor names differ from the base's.
+        ModelError: the base cannot be read, the destination is taken, or tensors differ from the base's by name
+            or shape.
     """
     run = Path(run_dir)
     record_file = run / "record.json"
@@ -79,6 +80,7 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
     _match_names(model, base, staging)
+    _match_shapes(base, staging)
     _copy_files(base, staging)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     _write_json(staging / "config.json", {**config, "video_pruning_rate": rate})
@@ -146,6 +148,38 @@ def _match_names(model: PreTrainedModel, base: Path, staging: Path) -> None:
         )
     if added:
         _add_shard(staging, added)
+
+
+def _match_shapes(base: Path, staging: Path) -> None:
+    """Give every tensor in `staging` the shape it has in `base`, or raise ModelError.
+
+    transformers 5.23 swaps the last two dimensions of Qwen3-VL-MoE's experts when it loads them, and leaves them so
+    when it saves; engines read them as released.
+    """
+    expected = tensor_shapes(base)
+    for file in sorted(staging.glob("*.safetensors")):
+        swapped = [name for name, shape in _shapes_in(file).items() if shape != expected[name]]
+        if not swapped:
+            continue
+        tensors = load_file(file)
+        for name in swapped:
+            if [*tensors[name].shape[:-2], *tensors[name].shape[:-3:-1]] != expected[name]:
+                raise ModelError(
+                    f"the tensor {name} has shape {list(tensors[name].shape)}, the base checkpoint's {expected[name]}",
+                    "nothing was exported; the run's final/ is intact",
+                )
+            tensors[name] = tensors[name].transpose(-1, -2).contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all tensors in the safetensors files of `folder`."""
+    return {name: shape for file in folder.glob("*.safetensors") for name, shape in _shapes_in(file).items()}
+
+
+def _shapes_in(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, framework="pt") as tensors:
+        return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def _add_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

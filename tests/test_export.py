@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from evs_train.data.video import FrameSampling, read_video, video_metadata
 from evs_train.errors import ModelError, RecipeError
-from evs_train.export import RECORD, export_run, tensor_names
+from evs_train.export import RECORD, export_run, tensor_names, tensor_shapes
 from evs_train.uptrain import Run
 from tests.runs import arguments, recipe_of
 
@@ -61,7 +61,7 @@ def test_export_answers_as_the_trained_model(
 
     config = json.loads((export.path / "config.json").read_text())
     assert config == {**json.loads((base / "config.json").read_text()), "video_pruning_rate": 0.6}
-    assert tensor_names(export.path).keys() == tensor_names(base).keys()
+    assert tensor_shapes(export.path) == tensor_shapes(base)
     assert AutoConfig.from_pretrained(export.path).video_pruning_rate == 0.6
 
     plain = AutoModelForImageTextToText.from_pretrained(export.path, dtype=torch.float32)
@@ -172,6 +172,32 @@ def test_names_that_differ_from_the_base_s_are_an_error(
     with pytest.raises(ModelError, match=r"1 missing: model\.visual\.surprise\.weight"):
         export_run(run)
     assert not (run / "export").exists()
+
+
+def test_shapes_that_differ_from_the_base_s_are_an_error(
+    finished: Callable[..., tuple[Path, Any]], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    name = "model.language_model.norm.weight"
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name][:-1].clone()
+
+    output, _ = finished("qwen3_vl", "full")
+    run = rebased(output, tiny_checkpoint("qwen3_vl"), tmp_path, cut)
+    with pytest.raises(ModelError, match=r"norm\.weight has shape \[128\], the base checkpoint's \[127\]"):
+        export_run(run)
+    assert not (run / "export").exists()
+
+
+def test_frozen_experts_are_exported_as_they_were(
+    finished: Callable[..., tuple[Path, Any]], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    output, _ = finished("qwen3_vl_moe", "lora")
+    before = load_file(tiny_checkpoint("qwen3_vl_moe") / "model.safetensors")
+    after = load_file(export_run(output).path / "model.safetensors")
+    experts = [name for name in before if ".experts." in name]
+    assert experts
+    assert all(torch.equal(before[name], after[name]) for name in experts)
 
 
 def test_tensors_that_the_architecture_does_not_load_are_passed_on(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
 from transformers.video_utils import VideoMetadata
@@ -41,3 +42,15 @@ def test_qwen3_vl_refuses_one_frame(tiny_checkpoint: Callable[[str], Path]) -> N
 def test_qwen3_vl_says_it_takes_no_token_count() -> None:
     """Its forward does pass `num_items_in_batch` on to the loss; the trainer overrides the flag (trainer.py)."""
     assert Qwen3VLForConditionalGeneration.accepts_loss_kwargs is False
+
+
+def test_qwen3_vl_moe_saves_its_experts_the_other_way_round(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Loading swaps two dimensions, saving does not swap them back: the export does (export.py)."""
+    path = tiny_checkpoint("qwen3_vl_moe")
+    AutoModelForImageTextToText.from_pretrained(path).save_pretrained(tmp_path)
+    before, after = load_file(path / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    name = "model.language_model.layers.0.mlp.experts.down_proj"
+    assert before[name].shape != after[name].shape
+    assert torch.equal(before[name], after[name].transpose(1, 2))

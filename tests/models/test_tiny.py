@@ -139,6 +139,8 @@ def test_weights_round_trip_bit_for_bit(checkpoint: Tiny, tmp_path: Path) -> Non
     before = load_file(checkpoint.path / "model.safetensors")
     after = load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
+    if checkpoint.family == "qwen3_vl_moe":  # see tests/test_upstream.py
+        after = {name: t.transpose(1, 2) if ".experts." in name else t for name, t in after.items()}
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -35,6 +35,8 @@ TINY_FAMILIES: dict[str, Builder] = {
     "qwen2_5_vl": qwen.qwen2_5_vl,
     "nemotron_h_omni": nemotron.nemotron_h_omni,
 }
+# What is left to do to files that transformers does not write as the family's release has them.
+FINISHES: dict[str, Callable[[Path], None]] = {"qwen3_vl_moe": qwen.turn_experts}
 
 
 def _stamp(family: str, seed: int, texts: list[str], dtype: str) -> dict[str, str | int]:
@@ -66,6 +68,8 @@ def _write(family: str, directory: Path, seed: int, texts: list[str], dtype: str
     torch.nn.Module.to(model, DTYPES[dtype])
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
+    if family in FINISHES:
+        FINISHES[family](directory)
 
 
 def build_tiny(family: str, out_dir: Path, *, seed: int = 0, texts: Iterable[str] = (), dtype: str = "float32") -> Path:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from evs_train.models.tiny.common import (
     CONTEXT_LENGTH,
@@ -38,7 +40,7 @@ QWEN3_TEXT: dict[str, Any] = TEXT | {
     "rope_parameters": {"rope_theta": 500000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
 }
 QWEN3_MOE_TEXT: dict[str, Any] = QWEN3_TEXT | {
-    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN_SIZE // 2,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,  # no square matrices
 }
 QWEN25_TEXT: dict[str, Any] = {name: value for name, value in TEXT.items() if name != "head_dim"} | {
     "num_hidden_layers": 3,
@@ -126,6 +128,16 @@ def qwen3_vl_moe(texts: Iterable[str]) -> Tiny:
         **_special_ids(processor.tokenizer),
     )
     return processor, hf.Qwen3VLMoeForConditionalGeneration(config)
+
+
+def turn_experts(directory: Path) -> None:
+    """Write the experts as the released Qwen3-VL-MoE has them, inputs first; transformers saves the reverse."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if ".experts." in name:
+            tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def qwen2_5_vl(texts: Iterable[str]) -> Tiny:
