@@ -36,7 +36,10 @@ TINY_FAMILIES: dict[str, Builder] = {
     "nemotron_h_omni": nemotron.nemotron_h_omni,
 }
 # What is left to do to files that transformers does not write as the family's release has them.
-FINISHES: dict[str, Callable[[Path], None]] = {"qwen3_vl_moe": qwen.turn_experts}
+FINISHES: dict[str, Callable[[Path], None]] = {
+    "qwen3_vl_moe": qwen.turn_experts,
+    "qwen2_5_vl": qwen.released_names,
+}
 
 
 def _stamp(family: str, seed: int, texts: list[str], dtype: str) -> dict[str, str | int]:

@@ -140,6 +140,16 @@ def turn_experts(directory: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def released_names(directory: Path) -> None:
+    """Write the tensors under the names of the released Qwen2.5-VL, which is older than transformers' own names."""
+    file = directory / "model.safetensors"
+    tensors = {
+        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def qwen2_5_vl(texts: Iterable[str]) -> Tiny:
     """Qwen2.5-VL: m-RoPE in three sections, a three-layer vision tower with window attention in the first two."""
     tokenizer = _tokenizer(texts)
