@@ -143,6 +143,8 @@ class Run:
         if args.device and recipe.deepspeed is not None:  # reading `device` starts the process group
             import deepspeed  # noqa: PLC0415 (imported late: it is slow, and says so on stderr)
 
+            # On a CPU it would compile collectives over shared memory first: a minute, and a compiler. gloo has them.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         model = self.load_model()
         sizes = part_sizes(model, self.family)
