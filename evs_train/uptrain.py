@@ -13,9 +13,11 @@ import math
 import netrc
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -50,6 +52,8 @@ from evs_train.trainer import UptrainTrainer
 DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
 _RECORDED_PACKAGES = ("evs-train", "torch", "transformers", "peft", "accelerate", "deepspeed", "decord2")
 _PICTURES_PER_STEP = 4
+_SAME_ON_RESUME = ("seed", "num_steps", "global_batch", "data_fingerprint", "base_model", "pruning_rates")
+RECORD_FILE = "record.json"
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,10 @@ class Run:
             raise RecipeError(f"output_dir: {output} cannot be made: {error.strerror}") from error
         checkpoint = self._checkpoint_to_resume()
         args = self._training_arguments()
+        if args.n_gpu > 1:
+            raise RecipeError(
+                f"one process sees {args.n_gpu} GPUs", "start it with torchrun --nproc_per_node N, one process per GPU"
+            )
         # ZeRO-3 partitions weights as they are read, over a process group that DeepSpeed must know of by then.
         if args.device and recipe.deepspeed is not None:  # reading `device` starts the process group
             import deepspeed  # noqa: PLC0415 (imported late: it is slow, and says so on stderr)
@@ -146,35 +154,14 @@ class Run:
             # On a CPU it would compile collectives over shared memory first: a minute, and a compiler. gloo has them.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-        model = self.load_model()
-        sizes = part_sizes(model, self.family)
-        plain: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-        hook = EvsHook(
-            family=self.family,
-            model=plain,
-            engine_score=recipe.evs.score == "engine",
-            float32_score=recipe.evs.score_dtype == "float32",
-            encoder_trains=encoder_trains(model, self.family),
-            equal_calls=is_deepspeed_zero3_enabled(),
-        )
-        trainer = UptrainTrainer(
-            hook=hook,
-            optim=recipe.optim,
-            args=args,
-            model=model,
-            data_collator=self.collator,
-            train_dataset=self.stream,
-            callbacks=[
-                JsonlCallback(output / "metrics.jsonl", recipe.train.resume),
-                PictureCallback(hook, output / "pictures"),
-                RecipeToWandb(recipe.model_dump()),
-            ],
-        )
+        trainer = self.build_trainer(args)
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressLine)
         if trainer.is_world_process_zero():
-            report_parts(sizes)
-            self._write_record(output)
+            report_parts(part_sizes(trainer.model, self.family))
+            if checkpoint is None:
+                _set_aside(output)
+            _write_json(output / RECORD_FILE, self._record())
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(output / "final"))
         unset_hf_deepspeed_config()  # or the model that the export loads would be partitioned, too
@@ -190,13 +177,54 @@ class Run:
             seconds=trainer.seconds,
         )
 
+    def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
+        """The model with its hook in the trainer that will train it."""
+        recipe, output = self.recipe, Path(self.recipe.output_dir)
+        model = self.load_model()
+        plain: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+        hook = EvsHook(
+            family=self.family,
+            model=plain,
+            engine_score=recipe.evs.score == "engine",
+            float32_score=recipe.evs.score_dtype == "float32",
+            encoder_trains=encoder_trains(model, self.family),
+            equal_calls=is_deepspeed_zero3_enabled(),
+        )
+        return UptrainTrainer(
+            hook=hook,
+            optim=recipe.optim,
+            args=self._training_arguments() if args is None else args,
+            model=model,
+            data_collator=self.collator,
+            train_dataset=self.stream,
+            callbacks=[
+                JsonlCallback(output / "metrics.jsonl"),
+                PictureCallback(hook, output / "pictures"),
+                RecipeToWandb(recipe.model_dump()),
+            ],
+        )
+
     def _checkpoint_to_resume(self) -> str | None:
+        """The newest checkpoint of the run that the recipe goes on with, if that run is this one."""
         if not self.recipe.train.resume:
             return None
-        output = self.recipe.output_dir
-        checkpoint: str | None = get_last_checkpoint(output) if Path(output).is_dir() else None
-        if checkpoint is None:
+        output = Path(self.recipe.output_dir)
+        checkpoint: str | None = get_last_checkpoint(str(output))
+        if checkpoint is None or not (output / RECORD_FILE).is_file():
             raise RecipeError(f"train.resume: there is no checkpoint in {output}", "start anew with train.resume=false")
+        before, now = json.loads((output / RECORD_FILE).read_text(encoding="utf-8")), self._record()
+        differing = [
+            f"{name} (was {before.get(name)}, is {now[name]})"
+            for name in _SAME_ON_RESUME
+            if before.get(name) != now[name]
+        ]
+        if differing:
+            raise RecipeError(
+                f"train.resume: {output} was another run: {'; '.join(differing)}",
+                "rows would be skipped or repeated; restore these, or start anew with train.resume=false",
+            )
+        if int(checkpoint.rsplit("-", 1)[1]) >= self.num_steps:
+            raise RecipeError(f"train.resume: {checkpoint} is the end of the run", f"evs-train export run={output}")
         return checkpoint
 
     def _picture_draws(self) -> frozenset[int]:
@@ -253,18 +281,36 @@ class Run:
             report_to=["wandb"] if recipe.tracking.wandb else [],
         )
 
-    def _write_record(self, output: Path) -> None:
-        record = {
-            "recipe": self.recipe.model_dump(),
+    def _record(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "recipe": recipe.model_dump(),
+            "seed": recipe.seed,
             "num_steps": self.num_steps,
             "global_batch": self.global_batch,
             "num_samples": len(self.samples),
             "data_fingerprint": manifest.fingerprint(self.samples),
+            "base_model": recipe.model.path,
+            "base_commit": getattr(self.family.config, "_commit_hash", None),
             "pruning_rates": samplers.describe(self.sampler),
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
         }
-        (output / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _set_aside(output: Path) -> None:
+    """Move what an earlier run left in `output` to `output/older/TIME`: none of it may pass for the new run's."""
+    names = ("record.json", "metrics.jsonl", "pictures", "final", "export", "checkpoint-*")
+    found = [path for name in names for path in sorted(output.glob(name))]
+    if found:
+        older = output / "older" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        older.mkdir(parents=True, exist_ok=True)
+        for path in found:
+            path.rename(older / path.name)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def leave_process_group() -> None:
