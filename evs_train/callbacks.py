@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+import netrc
+import os
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evs_train.collate import EvsHook, PlannedItem
+from evs_train.config import TrackingSection
 from evs_train.visualize import kept_figure, save_png
 
 
@@ -116,3 +120,23 @@ def draw_kept(planned: PlannedItem, selected: torch.Tensor) -> Any:
         frames_per_unit=1,
         pruning_rate=planned.pruning_rate,
     )
+
+
+def prepare_wandb(tracking: TrackingSection, output_dir: str) -> None:
+    """Send W&B's files to the run's folder, and never prompt: without a key the run is offline."""
+    os.environ.setdefault("WANDB_PROJECT", tracking.project)
+    os.environ.setdefault("WANDB_DIR", output_dir)
+    if tracking.tags:
+        os.environ.setdefault("WANDB_TAGS", ",".join(tracking.tags))
+    if not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _netrc_has_wandb() -> bool:
+    """Whether `wandb login` left a key for the server in use."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

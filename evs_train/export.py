@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from evs_train.checkpoint import RECORD_FILE, read_record
 from evs_train.config import ModelSection, Recipe
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models.loading import load_config, load_weights
@@ -59,14 +60,10 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
         ModelError: the base cannot be read, the destination is taken, or tensor names differ from the base's.
     """
     run = Path(run_dir)
-    record_file = run / "record.json"
-    if not record_file.is_file() or not (run / "final").is_dir():
-        raise RecipeError(f"{run} holds no finished run", "it needs record.json and final/, which training writes")
-    try:
-        record = json.loads(record_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{record_file} is not valid JSON: {error}", "training writes it at its start") from error
-    recipe = parse_recipe(record["recipe"], str(record_file))
+    record = read_record(run)
+    if not (run / "final").is_dir():
+        raise RecipeError(f"{run} holds no finished run", "training writes final/ there when it is done")
+    recipe = parse_recipe(record["recipe"], str(run / RECORD_FILE))
     rate = recipe.export.rate if rate is None else rate
     if not 0.0 <= rate < 1.0:
         raise RecipeError(f"rate must be in [0, 1), got {rate}")

@@ -10,15 +10,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import netrc
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from filelock import FileLock
@@ -26,10 +23,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 
 from evs_train import samplers
-from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb
+from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb, prepare_wandb
+from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
 from evs_train.collate import BatchPlan, Collator, EvsHook
 from evs_train.config import Recipe
 from evs_train.data import manifest, synthetic
@@ -52,8 +49,6 @@ from evs_train.trainer import UptrainTrainer
 DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
 _RECORDED_PACKAGES = ("evs-train", "torch", "transformers", "peft", "accelerate", "deepspeed", "decord2")
 _PICTURES_PER_STEP = 4
-_SAME_ON_RESUME = ("seed", "num_steps", "global_batch", "data_fingerprint", "base_model", "pruning_rates")
-RECORD_FILE = "record.json"
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ class Run:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecipeError(f"output_dir: {output} cannot be made: {error.strerror}") from error
-        checkpoint = self._checkpoint_to_resume()
+        checkpoint = checkpoint_to_resume(output, self._record()) if recipe.train.resume else None
         args = self._training_arguments()
         if args.n_gpu > 1:
             raise RecipeError(
@@ -160,8 +155,8 @@ class Run:
         if trainer.is_world_process_zero():
             report_parts(part_sizes(trainer.model, self.family))
             if checkpoint is None:
-                _set_aside(output)
-            _write_json(output / RECORD_FILE, self._record())
+                set_aside(output)
+            write_record(output, self._record())
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(output / "final"))
         unset_hf_deepspeed_config()  # or the model that the export loads would be partitioned, too
@@ -204,29 +199,6 @@ class Run:
             ],
         )
 
-    def _checkpoint_to_resume(self) -> str | None:
-        """The newest checkpoint of the run that the recipe goes on with, if that run is this one."""
-        if not self.recipe.train.resume:
-            return None
-        output = Path(self.recipe.output_dir)
-        checkpoint: str | None = get_last_checkpoint(str(output))
-        if checkpoint is None or not (output / RECORD_FILE).is_file():
-            raise RecipeError(f"train.resume: there is no checkpoint in {output}", "start anew with train.resume=false")
-        before, now = json.loads((output / RECORD_FILE).read_text(encoding="utf-8")), self._record()
-        differing = [
-            f"{name} (was {before.get(name)}, is {now[name]})"
-            for name in _SAME_ON_RESUME
-            if before.get(name) != now[name]
-        ]
-        if differing:
-            raise RecipeError(
-                f"train.resume: {output} was another run: {'; '.join(differing)}",
-                "rows would be skipped or repeated; restore these, or start anew with train.resume=false",
-            )
-        if int(checkpoint.rsplit("-", 1)[1]) >= self.num_steps:
-            raise RecipeError(f"train.resume: {checkpoint} is the end of the run", f"evs-train export run={output}")
-        return checkpoint
-
     def _picture_draws(self) -> frozenset[int]:
         """Draws of the first process whose kept patches are drawn."""
         train = self.recipe.train
@@ -246,7 +218,7 @@ class Run:
         recipe, train, optim = self.recipe, self.recipe.train, self.recipe.optim
         on_cpu = not torch.cuda.is_available()
         if recipe.tracking.wandb:
-            _prepare_wandb(recipe)
+            prepare_wandb(recipe.tracking, recipe.output_dir)
         return TrainingArguments(
             output_dir=recipe.output_dir,
             run_name=recipe.tracking.name or recipe.recipe,
@@ -298,21 +270,6 @@ class Run:
         }
 
 
-def _set_aside(output: Path) -> None:
-    """Move what an earlier run left in `output` to `output/older/TIME`: none of it may pass for the new run's."""
-    names = ("record.json", "metrics.jsonl", "pictures", "final", "export", "checkpoint-*")
-    found = [path for name in names for path in sorted(output.glob(name))]
-    if found:
-        older = output / "older" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        older.mkdir(parents=True, exist_ok=True)
-        for path in found:
-            path.rename(older / path.name)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def leave_process_group() -> None:
     """End the processes' connection, so that none waits while the first one exports."""
     if torch.distributed.is_initialized():
@@ -352,24 +309,3 @@ def _build_demo(recipe: Recipe) -> None:
             data, num_clips=demo.num_clips, seed=recipe.seed, size=demo.size, num_frames=demo.num_frames
         )
         build_tiny(demo.family, Path(recipe.model.path), seed=recipe.seed)
-
-
-def _prepare_wandb(recipe: Recipe) -> None:
-    """Send W&B's files to the run's folder, and never prompt: without a key the run is offline."""
-    tracking = recipe.tracking
-    os.environ.setdefault("WANDB_PROJECT", tracking.project)
-    os.environ.setdefault("WANDB_DIR", recipe.output_dir)
-    if tracking.tags:
-        os.environ.setdefault("WANDB_TAGS", ",".join(tracking.tags))
-    if not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
-        os.environ.setdefault("WANDB_MODE", "offline")
-
-
-def _netrc_has_wandb() -> bool:
-    """Whether `wandb login` left a key for the server in use."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

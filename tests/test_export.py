@@ -263,5 +263,5 @@ def test_senseless_rates_are_refused(rate: float, finished: Callable[..., tuple[
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no finished run"):
+    with pytest.raises(RecipeError, match="holds no run"):
         export_run(tmp_path)
