@@ -6,14 +6,19 @@ Only the first process writes. A failure to write is an error: metrics are part 
 from __future__ import annotations
 
 import json
+import math
+import netrc
+import os
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evs_train.collate import EvsHook, PlannedItem
+from evs_train.config import TrackingSection
 from evs_train.visualize import kept_figure, save_png
 
 
@@ -34,19 +39,20 @@ class ProgressLine(ProgressCallback):
 class JsonlCallback(TrainerCallback):
     """Appends every log to `path` as one JSON object with its step: the twin of what goes to W&B.
 
-    A new run keeps an older run's file under another name; a resumed run goes on with it.
+    A resumed run goes on after its checkpoint: lines of later steps, which will be trained again, are dropped. JSON has
+    no NaN or infinity, so these are written as the strings "nan", "inf" and "-inf".
     """
 
-    def __init__(self, path: Path, resume: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.resume = resume
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and self.path.exists() and not self.resume:
-            written = time.strftime("%Y%m%d-%H%M%S", time.gmtime(self.path.stat().st_mtime))
-            self.path.rename(self.path.with_name(f"{self.path.stem}.{written}{self.path.suffix}"))
+        if state.is_world_process_zero and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log after the last step whatever `log_every` is, or its steps would be missing from the totals."""
@@ -57,9 +63,10 @@ class JsonlCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and logs:
-            line = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+            values = {name: value if math.isfinite(value) else str(value) for name, value in logs.items()}
+            line = {"step": state.global_step, "time": round(time.time(), 3), **values}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 class RecipeToWandb(TrainerCallback):
@@ -101,7 +108,7 @@ class PictureCallback(TrainerCallback):
 
 
 def draw_kept(planned: PlannedItem, selected: torch.Tensor) -> Any:
-    """Figure (PIL) of one pruned video: its sampled frames with the patches of the `selected` (K,) tokens clear."""
+    """Figure (PIL) of one pruned video: a frame of each unit with the patches of the `selected` (K,) tokens clear."""
     if planned.frames is None:
         raise ValueError("the plan carries no frames of this video")
     item = planned.item
@@ -110,6 +117,26 @@ def draw_kept(planned: PlannedItem, selected: torch.Tensor) -> Any:
     return kept_figure(
         planned.frames,
         mask.view(item.num_units, item.height, item.width).numpy(),
-        frames_per_unit=-(-len(planned.frames) // item.num_units),
+        frames_per_unit=1,
         pruning_rate=planned.pruning_rate,
     )
+
+
+def prepare_wandb(tracking: TrackingSection, output_dir: str) -> None:
+    """Send W&B's files to the run's folder, and never prompt: without a key the run is offline."""
+    os.environ.setdefault("WANDB_PROJECT", tracking.project)
+    os.environ.setdefault("WANDB_DIR", output_dir)
+    if tracking.tags:
+        os.environ.setdefault("WANDB_TAGS", ",".join(tracking.tags))
+    if not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _netrc_has_wandb() -> bool:
+    """Whether `wandb login` left a key for the server in use."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -9,7 +9,8 @@ features together by one index. It runs inside forward, hence inside DDP and Dee
 
 Invariants: the number of supervised tokens never changes; at rate 0 the batch is the unpruned one; the mask is always
 explicit, since without one transformers takes the position gaps that pruning leaves for document boundaries; the device
-half has fixed shapes and no host-device synchronisation (one exception: ZeRO-3, see `_num_calls`).
+half's selection and compaction have fixed shapes and no host-device synchronisation (the encoders of transformers have
+theirs; under ZeRO-3 `_num_calls` adds one).
 Cost: on the host one pass over index arrays; on the device a sort of the retained indices and one gather per tensor.
 This module does not decode, tokenize or compute a loss.
 """
@@ -73,6 +74,16 @@ class BatchPlan:
     @property
     def videos(self) -> tuple[PlannedItem, ...]:
         return tuple(planned for planned in self.items if planned.item.kind == "video")
+
+    @property
+    def applied_rates(self) -> tuple[float | None, ...]:
+        """Share of its video tokens that each row loses, which the cap and the first unit keep below the drawn rate."""
+        rates: list[float | None] = []
+        for row in range(len(self.draws)):
+            counts = [(p.item.num_tokens, p.num_retained) for p in self.videos if p.row == row]
+            before, after = sum(b for b, _ in counts), sum(a for _, a in counts)
+            rates.append(1 - after / before if before else None)
+        return tuple(rates)
 
     @property
     def video_tokens_before(self) -> int:

@@ -52,7 +52,8 @@ def dissimilarity(embeds: Tensor) -> Tensor:
         (T, N), dtype of `embeds`; unit 0 holds `FIRST_UNIT_SCORE`. Carries no gradient.
     """
     embeds = embeds.detach()
-    similarity = F.cosine_similarity(embeds[1:], embeds[:-1], dim=-1)  # (T - 1, N)
+    with torch.autocast(embeds.device.type, enabled=False):  # CUDA's autocast would upcast the cosine to float32
+        similarity = F.cosine_similarity(embeds[1:], embeds[:-1], dim=-1)  # (T - 1, N)
     first = torch.full_like(embeds[:1, :, 0], FIRST_UNIT_SCORE)  # (1, N)
     return torch.cat([first, 1 - similarity])
 

@@ -3,8 +3,8 @@
 Everything but weights comes from the base checkpoint unchanged (config.json, tokenizer, processor, templates), with
 `video_pruning_rate` added at the top level of config.json; engines that know the base model then know the export.
 
-Invariant: the tensors of the export have the names and shapes of the base checkpoint's, or there is no export. It is
-written beside its destination and renamed, so a torn one is never seen. Cost: the model once in memory, on the CPU.
+Invariant: the tensors of the export have the names of the base checkpoint's, or there is no export. It is written
+beside its destination and renamed, so a torn one is never seen. Cost: the model once in memory, on the CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from evs_train.checkpoint import RECORD_FILE, read_record
 from evs_train.config import ModelSection, Recipe
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models.loading import load_config, load_weights
@@ -55,18 +57,13 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
 
     Raises:
         RecipeError: the run is not finished, or `rate` is out of range.
-        ModelError: the base cannot be read, the destination is taken, or tensors differ from the base's by name
-            or shape.
+        ModelError: the base cannot be read, the destination is taken, or tensor names differ from the base's.
     """
     run = Path(run_dir)
-    record_file = run / "record.json"
-    if not record_file.is_file() or not (run / "final").is_dir():
-        raise RecipeError(f"{run} holds no finished run", "it needs record.json and final/, which training writes")
-    try:
-        record = json.loads(record_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{record_file} is not valid JSON: {error}", "training writes it at its start") from error
-    recipe = parse_recipe(record["recipe"], str(record_file))
+    record = read_record(run)
+    if not (run / "final").is_dir():
+        raise RecipeError(f"{run} holds no finished run", "training writes final/ there when it is done")
+    recipe = parse_recipe(record["recipe"], str(run / RECORD_FILE))
     rate = recipe.export.rate if rate is None else rate
     if not 0.0 <= rate < 1.0:
         raise RecipeError(f"rate must be in [0, 1), got {rate}")
@@ -74,13 +71,14 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
     if destination.exists() and not (destination / RECORD).is_file():
         raise ModelError(f"{destination} exists and is not an export", "name another folder with out=DIR")
 
-    base = _base_folder(recipe.model)
+    base = _base_folder(recipe.model, record["base_commit"])
     model = _trained_model(recipe, run / "final", base)
     staging = destination.with_name(destination.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    _match_names(model, base, staging)
-    _match_shapes(base, staging)
+    staging.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f".{staging.name}-") as saved:
+        model.save_pretrained(saved)
+        _write_like_base(model, Path(saved), base, staging)
     _copy_files(base, staging)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     _write_json(staging / "config.json", {**config, "video_pruning_rate": rate})
@@ -102,18 +100,22 @@ def tensor_names(folder: Path) -> dict[str, Path]:
     return names
 
 
-def _base_folder(model: ModelSection) -> Path:
-    """Folder of the base checkpoint; for a hub name, its copy in the cache that training filled."""
+def _base_folder(model: ModelSection, commit: str | None) -> Path:
+    """Folder of the base checkpoint; for a hub name, the cached copy of the commit that training loaded."""
     if Path(model.path).is_dir():
         return Path(model.path)
-    return Path(snapshot_download(model.path, revision=model.revision))
+    patterns = ["*.safetensors", *_COPIED]
+    return Path(snapshot_download(model.path, revision=commit or model.revision, allow_patterns=patterns))
 
 
 def _trained_model(recipe: Recipe, final: Path, base: Path) -> PreTrainedModel:
-    """The trained model on the CPU in the dtype of the base's weights, adapters merged."""
-    name, file = next(iter(tensor_names(base).items()))
-    with safe_open(file, framework="pt") as tensors:
-        dtype: torch.dtype = tensors.get_tensor(name).dtype
+    """The trained model on the CPU in the dtype of most of the base's weights, adapters merged."""
+    elements: dict[torch.dtype, int] = {}
+    for file in base.glob("*.safetensors"):
+        for _, tensor in _tensors(file):
+            if tensor.is_floating_point():
+                elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+    dtype = max(elements, key=lambda one: elements[one])
     config = load_config(str(base))
     if recipe.tuning.method == "full":
         return load_weights(recipe.model.model_copy(update={"path": str(final), "revision": None}), config, dtype)
@@ -122,77 +124,66 @@ def _trained_model(recipe: Recipe, final: Path, base: Path) -> PreTrainedModel:
     return merged
 
 
-def _match_names(model: PreTrainedModel, base: Path, staging: Path) -> None:
-    """Make the tensor names in `staging` those of `base`, or raise ModelError with the differences.
+def _write_like_base(model: PreTrainedModel, saved: Path, base: Path, out: Path) -> None:
+    """Write the tensors that `model` saved into `saved` as the base has them: its files, names, shapes, dtypes and index.
 
-    Two kinds of missing tensors are right and are added: those the base repeats for a tied weight, and those that the
-    architecture does not load (written as they were).
+    A tensor that training did not change is the base's own, to the bit. Tensors of the base that were not saved are
+    either repetitions of a tied weight or not loaded by the architecture, and are then passed on.
+
+    Raises:
+        ModelError: names or shapes differ from the base's in any other way.
     """
-    expected, written = tensor_names(base), tensor_names(staging)
+    expected, written = tensor_names(base), tensor_names(saved)
     state = model.state_dict()
     not_loaded = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
-    added: dict[str, torch.Tensor] = {}
-    for name in expected.keys() - written.keys():
-        if name in state:
-            added[name] = state[name].clone()
-        elif not_loaded.search(name):
-            with safe_open(expected[name], framework="pt") as tensors:
-                added[name] = tensors.get_tensor(name)
-    missing = expected.keys() - written.keys() - added.keys()
-    surplus = written.keys() - expected.keys()
+    not_stored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["$^"]))
+    missing = [n for n in expected if n not in written and n not in state and not not_loaded.search(n)]
+    surplus = [n for n in written if n not in expected and not not_stored.search(n)]
     if missing or surplus:
         raise ModelError(
             f"the tensor names differ from the base checkpoint's ({base}): "
             f"{len(missing)} missing: {_shown(missing)}; {len(surplus)} too many: {_shown(surplus)}",
             "nothing was exported; the run's final/ is intact",
         )
-    if added:
-        _add_shard(staging, added)
+    for file in sorted(base.glob("*.safetensors")):
+        tensors = {}
+        for name, original in _tensors(file):
+            trained = _tensor(written[name], name) if name in written else state.get(name, original)
+            trained = _in_shape(trained, original.shape, name)
+            unchanged = torch.equal(original.to(trained.dtype), trained)
+            tensors[name] = (original if unchanged else trained.to(original.dtype)).contiguous()
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        shutil.copyfile(index, out / index.name)
 
 
-def _match_shapes(base: Path, staging: Path) -> None:
-    """Give every tensor in `staging` the shape it has in `base`, or raise ModelError.
+def _in_shape(tensor: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor:
+    """`tensor` in the base's shape, its last two dimensions swapped if need be.
 
-    transformers 5.23 swaps the last two dimensions of Qwen3-VL-MoE's experts when it loads them, and leaves them so
-    when it saves; engines read them as released.
+    transformers 5.23 swaps those of Qwen3-VL-MoE's experts when it loads them, and leaves them so when it saves; engines
+    read them as released.
     """
-    expected = tensor_shapes(base)
-    for file in sorted(staging.glob("*.safetensors")):
-        swapped = [name for name, shape in _shapes_in(file).items() if shape != expected[name]]
-        if not swapped:
-            continue
-        tensors = load_file(file)
-        for name in swapped:
-            if [*tensors[name].shape[:-2], *tensors[name].shape[:-3:-1]] != expected[name]:
-                raise ModelError(
-                    f"the tensor {name} has shape {list(tensors[name].shape)}, the base checkpoint's {expected[name]}",
-                    "nothing was exported; the run's final/ is intact",
-                )
-            tensors[name] = tensors[name].transpose(-1, -2).contiguous()
-        save_file(tensors, file, metadata={"format": "pt"})
+    if tensor.shape == shape:
+        return tensor
+    if tensor.ndim < 2 or tensor.transpose(-1, -2).shape != shape:
+        raise ModelError(
+            f"the tensor {name} has shape {list(tensor.shape)}, the base checkpoint's {list(shape)}",
+            "nothing was exported; the run's final/ is intact",
+        )
+    return tensor.transpose(-1, -2)
 
 
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors in the safetensors files of `folder`."""
-    return {name: shape for file in folder.glob("*.safetensors") for name, shape in _shapes_in(file).items()}
-
-
-def _shapes_in(file: Path) -> dict[str, list[int]]:
+def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(file, framework="pt") as tensors:
-        return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            yield name, tensors.get_tensor(name)
 
 
-def _add_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Add `tensors` as one more file to the checkpoint in `folder`, and rewrite its index."""
-    files = tensor_names(folder)
-    extra = "model-extra.safetensors"
-    save_file(tensors, folder / extra, metadata={"format": "pt"})
-    weight_map = {name: file.name for name, file in files.items()} | dict.fromkeys(tensors, extra)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    _write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
-    )
+def _tensor(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(name)
+    return tensor
 
 
 def _copy_files(base: Path, staging: Path) -> None:

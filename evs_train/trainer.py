@@ -30,18 +30,34 @@ from evs_train.data.chat import IGNORE_INDEX
 from evs_train.models.loading import parameter_groups
 
 RATE_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Upper ends (inclusive) of the buckets in which the loss is reported; the first holds dense samples only."""
+"""Upper ends (inclusive) of the buckets in which the loss is reported; the first is for videos that stayed dense."""
+_NO_VIDEO = len(RATE_BUCKETS)  # bucket of rows that have no video
+_NUM_BUCKETS = len(RATE_BUCKETS) + 1
 
-_COUNTS = ("rows", "rate", "tokens", "padding", "supervised", "video_tokens_before", "video_tokens_after")
+_COUNTS = (
+    "rows",
+    "rate",
+    "video_rows",
+    "rate_applied",
+    "tokens",
+    "padding",
+    "supervised",
+    "video_tokens_before",
+    "video_tokens_after",
+)
 
 
-def bucket_of(pruning_rate: float) -> int:
-    """Index in `RATE_BUCKETS` of the bucket that holds `pruning_rate`."""
-    return next(index for index, end in enumerate(RATE_BUCKETS) if pruning_rate <= end)
+def bucket_of(applied_rate: float | None) -> int:
+    """Bucket of a row that lost this share of its video tokens, or has no video (None)."""
+    if applied_rate is None:
+        return _NO_VIDEO
+    return next(index for index, end in enumerate(RATE_BUCKETS) if applied_rate <= end)
 
 
 def bucket_name(index: int) -> str:
     """Metric name of a bucket, such as `loss/rate_0.5-0.75`."""
+    if index == _NO_VIDEO:
+        return "loss/no_video"
     return "loss/rate_0" if index == 0 else f"loss/rate_{RATE_BUCKETS[index - 1]:g}-{RATE_BUCKETS[index]:g}"
 
 
@@ -51,14 +67,17 @@ class Tally:
     def __init__(self) -> None:
         self.total: dict[str, float] = dict.fromkeys(_COUNTS, 0.0)
         self._counts = dict.fromkeys(_COUNTS, 0.0)
-        self._bucket_tokens = [0.0] * len(RATE_BUCKETS)
+        self._bucket_tokens = [0.0] * _NUM_BUCKETS
         self._bucket_loss: Tensor | None = None
 
     def add(self, plan: BatchPlan, logits: Tensor, labels: Tensor) -> None:
         """Count one micro-batch. `logits` (B, L, V) and `labels` (B, L) are those of the pruned batch."""
+        applied = plan.applied_rates
         seen = {
             "rows": len(plan.draws),
             "rate": sum(plan.rates),
+            "video_rows": sum(rate is not None for rate in applied),
+            "rate_applied": sum(rate for rate in applied if rate is not None),
             "tokens": sum(plan.num_tokens),
             "padding": plan.padded_length * len(plan.draws) - sum(plan.num_tokens),
             "supervised": sum(plan.num_supervised),
@@ -67,35 +86,33 @@ class Tally:
         }
         for name, value in seen.items():
             self._counts[name] += value
-        buckets = [bucket_of(rate) for rate in plan.rates]
+        buckets = [bucket_of(rate) for rate in applied]
         for bucket, count in zip(buckets, plan.num_supervised, strict=True):
             self._bucket_tokens[bucket] += count
         if self._bucket_loss is None:
-            self._bucket_loss = torch.zeros(len(RATE_BUCKETS), device=logits.device, dtype=torch.float64)
+            self._bucket_loss = torch.zeros(_NUM_BUCKETS, device=logits.device, dtype=torch.float64)
         # The positions are found by a sort, not by a boolean mask: their number is known, so nothing synchronises.
-        targets = labels[:, 1:].flatten()
+        targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()  # of the token that each place predicts
         places = torch.argsort((targets == IGNORE_INDEX).int(), stable=True)[: sum(plan.num_supervised)]
-        predicted = logits.detach()[:, :-1].flatten(0, 1)[places]  # (S, V)
+        predicted = logits.detach().flatten(0, 1)[places]  # (B, L, V) -> (S, V); the flattening is a view
         losses = F.cross_entropy(predicted.float(), targets[places], reduction="none")
-        of_row = torch.tensor(buckets, device=logits.device).repeat_interleave(
-            torch.tensor(plan.num_supervised, device=logits.device), output_size=sum(plan.num_supervised)
-        )
-        self._bucket_loss.index_add_(0, of_row, losses.double())
+        of_token = torch.tensor(buckets).repeat_interleave(torch.tensor(plan.num_supervised))
+        self._bucket_loss.index_add_(0, of_token.to(logits.device, non_blocking=True), losses.double())
 
     def collect(self, reduce: Any, device: torch.device) -> dict[str, float]:
         """Counts and bucket losses since the last call, summed over ranks by `reduce(tensor)`."""
-        losses = torch.zeros(len(RATE_BUCKETS), dtype=torch.float64) if self._bucket_loss is None else self._bucket_loss
+        losses = torch.zeros(_NUM_BUCKETS, dtype=torch.float64) if self._bucket_loss is None else self._bucket_loss
         counts = torch.tensor([*self._counts.values(), *self._bucket_tokens], dtype=torch.float64)
         summed = reduce(torch.cat([counts.to(device), losses.to(device)])).tolist()
         collected = dict(zip(_COUNTS, summed, strict=False))
         for name, value in collected.items():
             self.total[name] += value
-        tokens = summed[len(_COUNTS) : -len(RATE_BUCKETS)]
-        for index, (count, loss) in enumerate(zip(tokens, summed[-len(RATE_BUCKETS) :], strict=True)):
+        tokens = summed[len(_COUNTS) : -_NUM_BUCKETS]
+        for index, (count, loss) in enumerate(zip(tokens, summed[-_NUM_BUCKETS:], strict=True)):
             if count:
                 collected[bucket_name(index)] = loss / count
         self._counts = dict.fromkeys(_COUNTS, 0.0)
-        self._bucket_tokens = [0.0] * len(RATE_BUCKETS)
+        self._bucket_tokens = [0.0] * _NUM_BUCKETS
         self._bucket_loss = None
         return collected
 
@@ -113,7 +130,7 @@ class UptrainTrainer(Trainer):
         self.tally = Tally()
         self.losses: list[float] = []
         self.seconds = 0.0
-        self._last_log = time.perf_counter()
+        self._last_log: float | None = None  # the clock starts with the first batch, not with loading
         hook.autocast = self.accelerator.autocast
         hook.attach(self.model)
 
@@ -135,6 +152,8 @@ class UptrainTrainer(Trainer):
                     raise batch["error"]
                 yield batch
 
+        if self._last_log is None:
+            self._last_log = time.perf_counter()
         with self.hook.stopwatch.section("data", device=False):
             return super().get_batch_samples(batches(), num_batches, device)
 
@@ -160,13 +179,14 @@ class UptrainTrainer(Trainer):
     def _pruning_metrics(self) -> dict[str, float]:
         """Metrics since the last log, over all ranks (times: of this rank). Called on every rank."""
         now = time.perf_counter()
-        elapsed, self._last_log = now - self._last_log, now
+        elapsed, self._last_log = now - (now if self._last_log is None else self._last_log), now
         self.seconds += elapsed
         sums = self.tally.collect(lambda t: self.accelerator.reduce(t, "sum"), self.args.device)
         times = self.hook.stopwatch.collect()
         metrics = {name: value for name, value in sums.items() if name.startswith("loss/")}
         metrics |= {
             "evs/rate": sums["rate"] / max(sums["rows"], 1),
+            "evs/rate_applied": sums["rate_applied"] / max(sums["video_rows"], 1),
             "evs/video_tokens_before": sums["video_tokens_before"],
             "evs/video_tokens_after": sums["video_tokens_after"],
             "evs/supervised_tokens": sums["supervised"],

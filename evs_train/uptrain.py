@@ -10,13 +10,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import netrc
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -24,10 +23,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 
 from evs_train import samplers
-from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb
+from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb, prepare_wandb
+from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
 from evs_train.collate import BatchPlan, Collator, EvsHook
 from evs_train.config import Recipe
 from evs_train.data import manifest, synthetic
@@ -137,42 +136,27 @@ class Run:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecipeError(f"output_dir: {output} cannot be made: {error.strerror}") from error
-        checkpoint = self._checkpoint_to_resume()
+        checkpoint = checkpoint_to_resume(output, self._record()) if recipe.train.resume else None
         args = self._training_arguments()
+        if args.n_gpu > 1:
+            raise RecipeError(
+                f"one process sees {args.n_gpu} GPUs", "start it with torchrun --nproc_per_node N, one process per GPU"
+            )
         # ZeRO-3 partitions weights as they are read, over a process group that DeepSpeed must know of by then.
         if args.device and recipe.deepspeed is not None:  # reading `device` starts the process group
             import deepspeed  # noqa: PLC0415 (imported late: it is slow, and says so on stderr)
 
+            # On a CPU it would compile collectives over shared memory first: a minute, and a compiler. gloo has them.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-        model = self.load_model()
-        sizes = part_sizes(model, self.family)
-        plain: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-        hook = EvsHook(
-            family=self.family,
-            model=plain,
-            engine_score=recipe.evs.score == "engine",
-            float32_score=recipe.evs.score_dtype == "float32",
-            encoder_trains=encoder_trains(model, self.family),
-            equal_calls=is_deepspeed_zero3_enabled(),
-        )
-        trainer = UptrainTrainer(
-            hook=hook,
-            optim=recipe.optim,
-            args=args,
-            model=model,
-            data_collator=self.collator,
-            train_dataset=self.stream,
-            callbacks=[
-                JsonlCallback(output / "metrics.jsonl", recipe.train.resume),
-                PictureCallback(hook, output / "pictures"),
-                RecipeToWandb(recipe.model_dump()),
-            ],
-        )
+        trainer = self.build_trainer(args)
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressLine)
         if trainer.is_world_process_zero():
-            report_parts(sizes)
-            self._write_record(output)
+            report_parts(part_sizes(trainer.model, self.family))
+            if checkpoint is None:
+                set_aside(output)
+            write_record(output, self._record())
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(output / "final"))
         unset_hf_deepspeed_config()  # or the model that the export loads would be partitioned, too
@@ -188,14 +172,32 @@ class Run:
             seconds=trainer.seconds,
         )
 
-    def _checkpoint_to_resume(self) -> str | None:
-        if not self.recipe.train.resume:
-            return None
-        output = self.recipe.output_dir
-        checkpoint: str | None = get_last_checkpoint(output) if Path(output).is_dir() else None
-        if checkpoint is None:
-            raise RecipeError(f"train.resume: there is no checkpoint in {output}", "start anew with train.resume=false")
-        return checkpoint
+    def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
+        """The model with its hook in the trainer that will train it."""
+        recipe, output = self.recipe, Path(self.recipe.output_dir)
+        model = self.load_model()
+        plain: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+        hook = EvsHook(
+            family=self.family,
+            model=plain,
+            engine_score=recipe.evs.score == "engine",
+            float32_score=recipe.evs.score_dtype == "float32",
+            encoder_trains=encoder_trains(model, self.family),
+            equal_calls=is_deepspeed_zero3_enabled(),
+        )
+        return UptrainTrainer(
+            hook=hook,
+            optim=recipe.optim,
+            args=self._training_arguments() if args is None else args,
+            model=model,
+            data_collator=self.collator,
+            train_dataset=self.stream,
+            callbacks=[
+                JsonlCallback(output / "metrics.jsonl"),
+                PictureCallback(hook, output / "pictures"),
+                RecipeToWandb(recipe.model_dump()),
+            ],
+        )
 
     def _picture_draws(self) -> frozenset[int]:
         """Draws of the first process whose kept patches are drawn."""
@@ -216,7 +218,7 @@ class Run:
         recipe, train, optim = self.recipe, self.recipe.train, self.recipe.optim
         on_cpu = not torch.cuda.is_available()
         if recipe.tracking.wandb:
-            _prepare_wandb(recipe)
+            prepare_wandb(recipe.tracking, recipe.output_dir)
         return TrainingArguments(
             output_dir=recipe.output_dir,
             run_name=recipe.tracking.name or recipe.recipe,
@@ -251,18 +253,21 @@ class Run:
             report_to=["wandb"] if recipe.tracking.wandb else [],
         )
 
-    def _write_record(self, output: Path) -> None:
-        record = {
-            "recipe": self.recipe.model_dump(),
+    def _record(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "recipe": recipe.model_dump(),
+            "seed": recipe.seed,
             "num_steps": self.num_steps,
             "global_batch": self.global_batch,
             "num_samples": len(self.samples),
             "data_fingerprint": manifest.fingerprint(self.samples),
+            "base_model": recipe.model.path,
+            "base_commit": getattr(self.family.config, "_commit_hash", None),
             "pruning_rates": samplers.describe(self.sampler),
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
         }
-        (output / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def leave_process_group() -> None:
@@ -304,24 +309,3 @@ def _build_demo(recipe: Recipe) -> None:
             data, num_clips=demo.num_clips, seed=recipe.seed, size=demo.size, num_frames=demo.num_frames
         )
         build_tiny(demo.family, Path(recipe.model.path), seed=recipe.seed)
-
-
-def _prepare_wandb(recipe: Recipe) -> None:
-    """Send W&B's files to the run's folder, and never prompt: without a key the run is offline."""
-    tracking = recipe.tracking
-    os.environ.setdefault("WANDB_PROJECT", tracking.project)
-    os.environ.setdefault("WANDB_DIR", recipe.output_dir)
-    if tracking.tags:
-        os.environ.setdefault("WANDB_TAGS", ",".join(tracking.tags))
-    if not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
-        os.environ.setdefault("WANDB_MODE", "offline")
-
-
-def _netrc_has_wandb() -> bool:
-    """Whether `wandb login` left a key for the server in use."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

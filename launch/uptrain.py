@@ -34,9 +34,11 @@ def main(arguments: list[str]) -> int:
     try:
         summary = run.train(lambda parts: console.print(show.parts_table(parts)))
         leave_process_group()
-        if first:
-            export = export_run(recipe.output_dir) if recipe.export.enabled else None
-            show.show_summary(recipe, summary, export, console)
+        if not first:
+            sys.stdout.flush()
+            os._exit(0)  # threads of the process group may outlive it and abort the interpreter, and with it the others
+        export = export_run(recipe.output_dir) if recipe.export.enabled else None
+        show.show_summary(recipe, summary, export, console)
     except EvsTrainError as error:
         return report(error)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,17 +40,24 @@ def recipe_of(words: list[str]) -> Recipe:
 
 
 def torchrun(words: list[str], num_processes: int, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """Run launch/uptrain.py in real processes (gloo on CPU)."""
+    """Run launch/uptrain.py in real processes (gloo on CPU); all of them are ended when time is up."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    return subprocess.run(
+    process = subprocess.Popen(
         [*command, "launch/uptrain.py", *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"not done after {timeout} s; stderr ends with:\n{stderr[-4000:]}") from None
+    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -78,6 +78,19 @@ def test_the_unit_just_before_counts_not_the_last_kept_one() -> None:
     assert select_tokens(embeds, 0.25).tolist() == [0, 1, 3]
 
 
+def test_autocast_does_not_change_the_dtype_of_the_scores() -> None:
+    """CUDA's autocast runs the cosine in float32, which would choose other tokens than serving. Needs no GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            embeds = torch.empty(3, 4, 8, dtype=torch.bfloat16, device="cuda")
+            upcast = torch.nn.functional.cosine_similarity(embeds[1:], embeds[:-1], dim=-1).dtype
+            assert (upcast, dissimilarity(embeds).dtype) == (torch.float32, torch.bfloat16)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 def test_selection_never_reads_a_value_back() -> None:
     """Fake tensors have shapes and no values: any `.item()`, mask indexing or data-dependent shape raises."""
     with FakeTensorMode():

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from evs_train.data.video import FrameSampling, read_video, video_metadata
 from evs_train.errors import ModelError, RecipeError
-from evs_train.export import RECORD, export_run, tensor_names, tensor_shapes
+from evs_train.export import RECORD, export_run, tensor_names
 from evs_train.uptrain import Run
 from tests.runs import arguments, recipe_of
 
@@ -43,6 +43,10 @@ def finished(
         return runs[family, method]
 
     return of
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(t.shape) for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 def copy_of(run: Path, to: Path) -> Path:
@@ -154,9 +158,14 @@ def rebased(output: Path, base: Path, tmp_path: Path, change: Callable[[dict[str
     tensors = load_file(other / "model.safetensors")
     change(tensors)
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    return repointed(output, other, tmp_path)
+
+
+def repointed(output: Path, base: Path, tmp_path: Path) -> Path:
+    """A copy of a run that says it was trained from `base`."""
     run = copy_of(output, tmp_path / "run")
     record = json.loads((run / "record.json").read_text())
-    record["recipe"]["model"]["path"] = str(other)
+    record["recipe"]["model"]["path"] = str(base)
     (run / "record.json").write_text(json.dumps(record))
     return run
 
@@ -213,9 +222,53 @@ def test_tensors_that_the_architecture_does_not_load_are_passed_on(
     export = export_run(run)
     files = tensor_names(export.path)
     assert torch.equal(load_file(files[name])[name], torch.arange(5.0))
-    index = json.loads((export.path / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == files.keys()
     AutoModelForImageTextToText.from_pretrained(export.path)
+
+
+def test_the_base_s_files_dtypes_and_repeated_tensors_are_kept(
+    finished: Callable[..., tuple[Path, Any]], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A base as released ones are: several files with an index, bfloat16 with a few float32 tensors in between."""
+    base = tiny_checkpoint("nemotron_h_omni")
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    tensors = load_file(other / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not name.endswith(("A_log", ".D")):
+            tensors[name] = tensor.to(torch.bfloat16)
+    names = sorted(tensors)
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    (other / "model.safetensors").unlink()
+    for file, chosen in shards.items():
+        save_file({name: tensors[name] for name in chosen}, other / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, chosen in shards.items() for name in chosen}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (other / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    output, _ = finished("nemotron_h_omni", "lora")
+    export = export_run(repointed(output, other, tmp_path))
+    assert {name: file.name for name, file in tensor_names(export.path).items()} == weight_map
+    changed = 0
+    for file in shards:
+        before, after = load_file(other / file), load_file(export.path / file)
+        assert {n: t.dtype for n, t in after.items()} == {n: t.dtype for n, t in before.items()}
+        for name, tensor in before.items():
+            if not torch.equal(tensor, after[name]):
+                changed += 1
+                assert name.endswith("proj.weight"), name
+    assert changed
+    AutoModelForImageTextToText.from_pretrained(export.path)
+
+
+def test_a_stored_copy_of_a_tied_weight_follows_it(
+    finished: Callable[..., tuple[Path, Any]], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = tiny_checkpoint("qwen3_vl")
+    if "lm_head.weight" not in tensor_names(base):
+        pytest.skip("the tiny checkpoint ties its head and stores it once")
+    output, _ = finished("qwen3_vl", "full")
+    after = load_file(export_run(output).path / "model.safetensors")
+    assert not torch.equal(after["lm_head.weight"], load_file(base / "model.safetensors")["lm_head.weight"])
 
 
 def test_the_dtype_of_the_base_is_kept(
@@ -239,5 +292,5 @@ def test_senseless_rates_are_refused(rate: float, finished: Callable[..., tuple[
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no finished run"):
+    with pytest.raises(RecipeError, match="holds no run"):
         export_run(tmp_path)

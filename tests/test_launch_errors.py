@@ -155,7 +155,7 @@ def test_other_ranks_fail_in_silence(
         (["export"], "error: run=... is missing\n  hint: keys: run, "),
         (["export", "rnu=x"], "error: unknown key 'rnu'\n  hint: did you mean run?"),
         (["export", "nowhere"], "error: 'nowhere' is not of the form key=value"),
-        (["export", "run=nowhere"], "error: nowhere holds no finished run\n  hint: it needs record.json and final/"),
+        (["export", "run=nowhere"], "error: nowhere holds no run\n  hint: training writes record.json"),
         (["export", "run=nowhere", "rate=much"], "error: rate must be a number in [0, 1), got 'much'"),
     ],
 )

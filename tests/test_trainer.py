@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,17 @@ def test_the_last_steps_are_logged_whatever_the_interval(train: Callable[..., tu
 
 
 def test_the_loss_by_rate_is_the_loss(train: Callable[..., tuple[Path, Summary]]) -> None:
-    """One rate per step: the bucket of that rate holds the whole loss."""
-    output, _ = train("run")
+    """Rows without video and rows pruned at the step's rate; with one row a step, one bucket holds the whole loss."""
+    output, _ = train("run", train__batch_size=1, train__steps=8)
+    seen = set()
     for line in metrics(output):
         buckets = {name: value for name, value in line.items() if name.startswith("loss/")}
-        assert list(buckets) == [bucket_name(bucket_of(line["evs/rate"]))]
+        applied = line["evs/rate_applied"] if line["evs/video_tokens_before"] else None
+        assert list(buckets) == [bucket_name(bucket_of(applied))]
         assert next(iter(buckets.values())) == pytest.approx(line["loss"], rel=1e-5)
+        seen |= buckets.keys()
+    assert "loss/no_video" in seen
+    assert len(seen) > 2
 
 
 def test_one_rate_per_sample_fills_several_buckets(train: Callable[..., tuple[Path, Summary]]) -> None:
@@ -81,8 +87,10 @@ def test_one_rate_per_sample_fills_several_buckets(train: Callable[..., tuple[Pa
     assert min(buckets) - 1e-5 <= line["loss"] <= max(buckets) + 1e-5
 
 
-@pytest.mark.parametrize(("rate", "bucket"), [(0.0, 0), (1e-9, 1), (0.25, 1), (0.5, 2), (0.51, 3), (0.99, 4)])
-def test_buckets(rate: float, bucket: int) -> None:
+@pytest.mark.parametrize(
+    ("rate", "bucket"), [(None, 5), (0.0, 0), (1e-9, 1), (0.25, 1), (0.5, 2), (0.51, 3), (0.99, 4)]
+)
+def test_buckets(rate: float | None, bucket: int) -> None:
     assert bucket_of(rate) == bucket
 
 
@@ -99,35 +107,64 @@ def test_accumulation_does_not_change_loss_or_gradient(
     assert abs(sum(residuals) / len(residuals)) < 1e-4
 
 
-def test_gradient_checkpointing_does_not_change_the_curve(
-    family_name: str, train: Callable[..., tuple[Path, Summary]]
+def test_gradient_checkpointing_recomputes_and_does_not_change_the_curve(
+    family_name: str, tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path
 ) -> None:
-    plain, _ = train("plain", family_name)
-    checkpointed, _ = train("checkpointed", family_name, train__gradient_checkpointing=True)
-    assert [m["loss"] for m in metrics(plain)] == pytest.approx([m["loss"] for m in metrics(checkpointed)], rel=1e-6)
+    curves, calls = [], []
+    for checkpointing in (False, True):
+        output = tmp_path / str(checkpointing)
+        options = {"train__steps": 2, "train__batch_size": 2, "train__gradient_checkpointing": checkpointing}
+        run = Run(recipe_of(arguments(tiny_checkpoint(family_name), world, output, **options)))
+        model, count = run.load_model(), [0]
+        layer = next(m for name, m in model.named_modules() if "language_model" in name and name.endswith("layers.0"))
+        linear = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
+        linear.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        run.load_model = lambda model=model: model  # type: ignore[method-assign]
+        run.train()
+        curves.append([line["loss"] for line in metrics(output)])
+        calls.append(count[0])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-6)
+    assert calls == [2, 4]
 
 
 def test_a_resumed_run_goes_on_as_if_never_stopped(train: Callable[..., tuple[Path, Summary]]) -> None:
     whole, _ = train("whole", train__save_every=2)
     resumed, _ = train("resumed", train__save_every=2)
     for folder in (resumed / "checkpoint-4", resumed / "final"):
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    before = metrics(resumed)
-    (resumed / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before[:2]))
+        shutil.rmtree(folder)
     train("resumed", train__save_every=2, train__resume=True)
     keys = ("step", "loss", "grad_norm", "evs/rate", "evs/video_tokens_after")
     assert [[m[k] for k in keys] for m in metrics(resumed)] == [[m[k] for k in keys] for m in metrics(whole)]
 
 
-def test_a_new_run_keeps_the_metrics_of_the_old_one(train: Callable[..., tuple[Path, Summary]]) -> None:
-    output, _ = train("run", train__steps=1)
+def test_a_new_run_sets_the_older_one_aside(train: Callable[..., tuple[Path, Summary]]) -> None:
+    """Nothing of it may pass for the new run's: not its final weights, nor a checkpoint with a higher number."""
+    output, _ = train("run", train__steps=2, train__save_every=1)
     first = (output / "metrics.jsonl").read_text()
-    train("run", train__steps=2)
-    kept = [path for path in output.glob("metrics.*.jsonl") if path.name != "metrics.jsonl"]
-    assert [path.read_text() for path in kept] == [first]
-    assert len(metrics(output)) == 2
+    train("run", train__steps=1, train__save_every=1)
+    (older,) = (output / "older").iterdir()
+    assert (older / "metrics.jsonl").read_text() == first
+    assert {"record.json", "final", "checkpoint-1", "checkpoint-2"} <= {path.name for path in older.iterdir()}
+    assert len(metrics(output)) == 1
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": 7}, "seed (was 0, is 7)"), ({"train__batch_size": 2}, "global_batch (was 4, is 2)")],
+)
+def test_resuming_another_run_is_refused(
+    train: Callable[..., tuple[Path, Summary]], change: dict[str, Any], named: str
+) -> None:
+    train("run", train__save_every=2)
+    with pytest.raises(RecipeError, match=re.escape(named)):
+        train("run", train__save_every=2, train__resume=True, **change)
+
+
+def test_resuming_a_finished_run_is_refused(train: Callable[..., tuple[Path, Summary]]) -> None:
+    train("run", train__save_every=2)
+    with pytest.raises(RecipeError, match="end of the run"):
+        train("run", train__save_every=2, train__resume=True)
 
 
 def test_pictures_of_kept_patches_are_drawn(family_name: str, train: Callable[..., tuple[Path, Summary]]) -> None:
@@ -174,9 +211,46 @@ def test_a_bad_row_ends_training_with_its_name(
 def test_a_nan_is_not_hidden(train: Callable[..., tuple[Path, Summary]]) -> None:
     """transformers replaces NaN by the mean loss in its logs unless told otherwise."""
     output, _ = train("run", optim__lr=1e12, optim__max_grad_norm=1e12, optim__scheduler="constant")
-    assert any(math.isnan(line["loss"]) for line in metrics(output))
+    assert "nan" in [line["loss"] for line in metrics(output)]
 
 
 def test_resuming_from_nothing_is_refused(train: Callable[..., tuple[Path, Summary]]) -> None:
     with pytest.raises(RecipeError, match=r"train\.resume"):
         train("run", train__resume=True)
+
+
+def test_every_recipe_key_reaches_the_trainer(
+    tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    """Each value differs from its default, in the recipe and in transformers."""
+    words = arguments(
+        tiny_checkpoint("qwen3_vl"),
+        world,
+        tmp_path / "run",
+        seed=3,
+        evs__score="embeds",
+        evs__score_dtype="float32",
+        optim__lr=0.002,
+        optim__lr_by_part={"projector": 0.005},
+        optim__weight_decay=0.1,
+        optim__betas=[0.8, 0.9],
+        optim__warmup_ratio=0.5,
+        optim__scheduler="linear",
+        optim__max_grad_norm=0.3,
+        train__steps=6,
+        train__batch_size=2,
+        train__grad_accumulation=3,
+        train__save_every=4,
+        train__keep_checkpoints=5,
+    )
+    trainer = Run(recipe_of(words)).build_trainer()
+    args, hook = trainer.args, trainer.hook
+    assert (args.seed, args.weight_decay, args.adam_beta1, args.adam_beta2) == (3, 0.1, 0.8, 0.9)
+    assert (args.warmup_steps, args.lr_scheduler_type, args.max_grad_norm) == (3, "linear", 0.3)
+    assert (args.max_steps, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (6, 2, 3)
+    assert (args.save_steps, args.save_total_limit, args.logging_nan_inf_filter) == (4, 5, False)
+    assert (hook.engine_score, hook.float32_score, hook.encoder_trains) == (False, True, True)
+    assert hook.autocast == trainer.accelerator.autocast
+    groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
+    assert (groups["projector"]["lr"], groups["vision"]["lr"]) == (0.005, 0.002)
+    assert (groups["projector"]["weight_decay"], groups["projector_no_decay"]["weight_decay"]) == (0.1, 0.0)

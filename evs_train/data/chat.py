@@ -11,6 +11,7 @@ Cost: three renderings and one tokenization per assistant turn, beside the proce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -30,6 +31,7 @@ Media = dict[str, Any]
 """Inputs of the vision encoder by name: tensors, or lists of tensors where sizes differ."""
 
 IGNORE_INDEX = -100
+THUMBNAIL_SIDE = 320
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Example:
         media: encoder inputs.
         items: media in reading order.
         spans: for each item, (num_tokens,) int64 indices of its tokens in `input_ids`, in raster order.
-        frames: for each video, the sampled frames (F, H, W, 3) uint8 if pictures of it are wanted, else empty.
+        frames: for each video, one reduced frame per unit (T, H', W', 3) uint8 if pictures are wanted, else empty.
     """
 
     draw: int
@@ -163,7 +165,7 @@ def build_example(
         media=prepared.media,
         items=prepared.items,
         spans=_spans(prepared, sample.source),
-        frames=tuple(clip.frames for clip in clips) if keep_frames else (),
+        frames=_thumbnails(clips, prepared.items) if keep_frames else (),
     )
 
 
@@ -246,6 +248,16 @@ def _render(
     except TemplateError as error:
         raise DataError(f"{source}: the chat template refuses the conversation: {error}") from error
     return text
+
+
+def _thumbnails(clips: Sequence[Clip], items: Sequence[MediaItem]) -> tuple[np.ndarray, ...]:
+    """First frame of each unit of each video, reduced: (T, H', W', 3) uint8, sides up to THUMBNAIL_SIDE."""
+    thumbnails = []
+    for clip, item in zip(clips, (item for item in items if item.kind == "video"), strict=True):
+        frames_per_unit = math.ceil(len(clip.frames) / item.num_units)
+        stride = math.ceil(max(clip.frames.shape[1:3]) / THUMBNAIL_SIDE)
+        thumbnails.append(clip.frames[::frames_per_unit, ::stride, ::stride].copy())
+    return tuple(thumbnails)
 
 
 def _spans(prepared: Prepared, source: str) -> tuple[Tensor, ...]:

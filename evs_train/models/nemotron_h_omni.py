@@ -29,11 +29,12 @@ class NemotronHOmni(Family):
 
     model_type: ClassVar[str] = "nemotron_h_omni"
     parts: ClassVar[Mapping[Part, tuple[str, ...]]] = {
-        "projector": ("multi_modal_projector.", "vision_final_layernorm."),
+        "projector": ("multi_modal_projector.",),
         "vision": ("vision_model.",),
         "language_model": ("language_model.",),
     }
-    unused: ClassVar[tuple[str, ...]] = ("audio_tower.", "embed_audio.")
+    # The norm is an identity that checkpoints do not store, so nothing trained into it could be exported.
+    unused: ClassVar[tuple[str, ...]] = ("audio_tower.", "embed_audio.", "vision_final_layernorm.")
     # Mamba's out_proj is left out: the fused kernel reads its weight directly and would pass the adapter by.
     lora_targets: ClassVar[tuple[str, ...]] = (
         "q_proj",

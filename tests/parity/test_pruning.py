@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evs_train.collate import compact
+from evs_train.collate import EvsHook, compact
 from evs_train.evs import select_tokens
 from tests.parity.rig import Rig, attention_mask, kept_positions, supervised
 
@@ -122,6 +122,38 @@ def test_a_row_is_the_same_alone_and_in_a_padded_batch(rig: Rig, rate: float) ->
             atol=2e-5,
             msg=lambda m, n=name: f"{n}: {m}",
         )
+
+
+@pytest.mark.parametrize(("cap", "kept_units"), [(True, 2), (False, 1)])
+def test_the_cap_leaves_two_units_worth_of_tokens(rig: Rig, cap: bool, kept_units: int) -> None:
+    plan = rig.batch(("two", "still"), 0.95, cap=cap)["plan"]
+    for planned in plan.videos:
+        units = min(kept_units, planned.item.num_units)
+        assert planned.num_retained == units * planned.item.tokens_per_unit
+    assert plan.rates == (0.95, 0.95)
+    assert plan.applied_rates[1] == 0.0
+    assert plan.applied_rates[0] == pytest.approx(1 - plan.video_tokens_after / plan.video_tokens_before, abs=0.1)
+
+
+def test_float32_scores_are_an_option(
+    family_name: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path
+) -> None:
+    rig = Rig(tiny_checkpoint(family_name), mixed_rows, torch.bfloat16)
+    batch = rig.batch(("two",), 0.5)
+    planned = batch["plan"].videos[0]
+    item = planned.item
+    drifting = torch.randn(1, item.tokens_per_unit, 64) + 0.02 * torch.randn(
+        item.num_units, item.tokens_per_unit, 64, generator=torch.Generator().manual_seed(0)
+    ).cumsum(0)
+    features = [drifting.to(torch.bfloat16).flatten(0, 1)]
+    chosen = {
+        upcast: EvsHook(rig.family, rig.model, float32_score=upcast)._select(planned, features)
+        for upcast in (False, True)
+    }
+    shaped = features[0].view(item.num_units, item.tokens_per_unit, -1)
+    assert torch.equal(chosen[False], select_tokens(shaped, planned.pruning_rate))
+    assert torch.equal(chosen[True], select_tokens(shaped.float(), planned.pruning_rate))
+    assert not torch.equal(chosen[False], chosen[True])
 
 
 def test_the_mask_is_always_explicit(rig: Rig) -> None:
