@@ -125,7 +125,7 @@ def _trained_model(recipe: Recipe, final: Path, base: Path) -> PreTrainedModel:
 
 
 def _write_like_base(model: PreTrainedModel, saved: Path, base: Path, out: Path) -> None:
-    """Write the tensors that `model` saved into `saved` as the base has them: its files, names, shapes, dtypes and index.
+    """Write the tensors that `model` saved into `saved` as the base has them: files, names, shapes, dtypes and index.
 
     A tensor that training did not change is the base's own, to the bit. Tensors of the base that were not saved are
     either repetitions of a tied weight or not loaded by the architecture, and are then passed on.
@@ -161,8 +161,8 @@ def _write_like_base(model: PreTrainedModel, saved: Path, base: Path, out: Path)
 def _in_shape(tensor: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor:
     """`tensor` in the base's shape, its last two dimensions swapped if need be.
 
-    transformers 5.23 swaps those of Qwen3-VL-MoE's experts when it loads them, and leaves them so when it saves; engines
-    read them as released.
+    transformers 5.23 swaps those of Qwen3-VL-MoE's experts when it loads them, and leaves them so when it saves;
+    engines read them as released.
     """
     if tensor.shape == shape:
         return tensor

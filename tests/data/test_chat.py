@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from evs_train.config import DataSection, ModelSection
-from evs_train.data.chat import IGNORE_INDEX, Example, MediaItem, build_example
+from evs_train.data.chat import IGNORE_INDEX, THUMBNAIL_SIDE, Example, MediaItem, build_example
 from evs_train.data.manifest import Sample
 from evs_train.data.video import Clip, video_metadata
 from evs_train.errors import DataError
@@ -233,7 +233,7 @@ def test_media_of_a_mixed_row_are_in_reading_order(family: Family) -> None:
     assert answers(family, example) == ["They differ." + END, "No." + END]
     texts = [words(family, example, a, b) for a, b in zip(example.spans, example.spans[1:], strict=False)]
     assert ["then" in texts[0], "last" in texts[1], "Compare." in texts[2]] == [True] * 3
-    assert [len(frames) for frames in example.frames] == [4, 9]
+    assert [len(frames) for frames in example.frames] == [2, 5]  # one of each temporal unit
     # The same media alone give the same pixels: no clip or image changed places.
     for kind, media, numbers in (("video", clips, [0, 2]), ("image", images, [1, 3])):
         for place, (one, number) in enumerate(zip(media, numbers, strict=True)):
@@ -297,7 +297,10 @@ def test_frames_are_kept_only_on_demand(family: Family) -> None:
     video = clip(4)
     assert build(family, row, [video]).frames == ()
     (frames,) = build(family, row, [video], keep_frames=True).frames
-    assert np.array_equal(frames, video.frames)
+    assert np.array_equal(frames, video.frames[::2])
+    large = clip(4, side=THUMBNAIL_SIDE + 64)
+    (frames,) = build(family, row, [large], keep_frames=True).frames
+    assert np.array_equal(frames, large.frames[::2, ::2, ::2])
 
 
 def test_thinking_template_is_refused_or_followed(families: dict[str, Family]) -> None:
