@@ -103,8 +103,7 @@ class PictureCallback(TrainerCallback):
         if "wandb" in args.report_to:
             import wandb  # noqa: PLC0415 (imported late: only where it is used)
 
-            if wandb.run is not None:
-                wandb.log({"evs/kept": [wandb.Image(str(path)) for path in paths]}, commit=False)
+            wandb.log({"evs/kept": [wandb.Image(str(path)) for path in paths]}, commit=False)
 
 
 def draw_kept(planned: PlannedItem, selected: torch.Tensor) -> Any:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from evs_train.errors import RecipeError
 
 RECORD_FILE = "record.json"
-_SAME_ON_RESUME = ("seed", "num_steps", "global_batch", "data_fingerprint", "base_model", "pruning_rates")
+_SAME_ON_RESUME = ("seed", "num_steps", "global_batch", "data_fingerprint", "base_model", "evs")
 _OF_A_RUN = (RECORD_FILE, "metrics.jsonl", "pictures", "final", "export", "checkpoint-*")
 
 

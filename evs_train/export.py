@@ -10,6 +10,7 @@ beside its destination and renamed, so a torn one is never seen. Cost: the model
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -35,6 +36,7 @@ from evs_train.serving import ServingLine, launch_lines
 RECORD = "evs_train_record.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
 _NAMES_SHOWN = 10
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by their names in safetensors
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,13 @@ def _base_folder(model: ModelSection, commit: str | None) -> Path:
 
 def _trained_model(recipe: Recipe, final: Path, base: Path) -> PreTrainedModel:
     """The trained model on the CPU in the dtype of most of the base's weights, adapters merged."""
-    elements: dict[torch.dtype, int] = {}
-    for file in base.glob("*.safetensors"):
-        for _, tensor in _tensors(file):
-            if tensor.is_floating_point():
-                elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
-    dtype = max(elements, key=lambda one: elements[one])
+    elements = dict.fromkeys(_DTYPES, 0)
+    for name, file in tensor_names(base).items():
+        with safe_open(file, framework="pt") as tensors:
+            header = tensors.get_slice(name)  # the shape and dtype alone: no tensor is read
+            if header.get_dtype() in elements:
+                elements[header.get_dtype()] += math.prod(header.get_shape())
+    dtype = _DTYPES[max(elements, key=lambda one: elements[one])]
     config = load_config(str(base))
     if recipe.tuning.method == "full":
         return load_weights(recipe.model.model_copy(update={"path": str(final), "revision": None}), config, dtype)
@@ -162,7 +165,7 @@ def _in_shape(tensor: torch.Tensor, shape: torch.Size, name: str) -> torch.Tenso
     """`tensor` in the base's shape, its last two dimensions swapped if need be.
 
     transformers 5.23 swaps those of Qwen3-VL-MoE's experts when it loads them, and leaves them so when it saves;
-    engines read them as released.
+    engines read them as released. Square ones could not be told apart; no released model has them.
     """
     if tensor.shape == shape:
         return tensor

@@ -130,7 +130,7 @@ class UptrainTrainer(Trainer):
         self.tally = Tally()
         self.losses: list[float] = []
         self.seconds = 0.0
-        self._last_log: float | None = None  # the clock starts with the first batch, not with loading
+        self._last_log = 0.0  # 0: the clock starts with the first batch, not with loading
         hook.autocast = self.accelerator.autocast
         hook.attach(self.model)
 
@@ -152,8 +152,7 @@ class UptrainTrainer(Trainer):
                     raise batch["error"]
                 yield batch
 
-        if self._last_log is None:
-            self._last_log = time.perf_counter()
+        self._last_log = self._last_log or time.perf_counter()
         with self.hook.stopwatch.section("data", device=False):
             return super().get_batch_samples(batches(), num_batches, device)
 
@@ -179,7 +178,7 @@ class UptrainTrainer(Trainer):
     def _pruning_metrics(self) -> dict[str, float]:
         """Metrics since the last log, over all ranks (times: of this rank). Called on every rank."""
         now = time.perf_counter()
-        elapsed, self._last_log = now - (now if self._last_log is None else self._last_log), now
+        elapsed, self._last_log = now - self._last_log, now
         self.seconds += elapsed
         sums = self.tally.collect(lambda t: self.accelerator.reduce(t, "sum"), self.args.device)
         times = self.hook.stopwatch.collect()

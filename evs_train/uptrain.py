@@ -264,6 +264,7 @@ class Run:
             "data_fingerprint": manifest.fingerprint(self.samples),
             "base_model": recipe.model.path,
             "base_commit": getattr(self.family.config, "_commit_hash", None),
+            "evs": recipe.evs.model_dump(),
             "pruning_rates": samplers.describe(self.sampler),
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},

@@ -263,12 +263,26 @@ def test_the_base_s_files_dtypes_and_repeated_tensors_are_kept(
 def test_a_stored_copy_of_a_tied_weight_follows_it(
     finished: Callable[..., tuple[Path, Any]], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    base = tiny_checkpoint("qwen3_vl")
-    if "lm_head.weight" not in tensor_names(base):
-        pytest.skip("the tiny checkpoint ties its head and stores it once")
+    """A base that ties its head and stores it all the same: transformers saves such a weight once."""
+    head, embeddings = "lm_head.weight", "model.language_model.embed_tokens.weight"
+
+    def tie(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[head] = tensors[embeddings].clone()
+
     output, _ = finished("qwen3_vl", "full")
-    after = load_file(export_run(output).path / "model.safetensors")
-    assert not torch.equal(after["lm_head.weight"], load_file(base / "model.safetensors")["lm_head.weight"])
+    run = rebased(output, tiny_checkpoint("qwen3_vl"), tmp_path, tie)
+    config_file = tmp_path / "base" / "config.json"
+    config = json.loads(config_file.read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    config_file.write_text(json.dumps(config))
+    (run / "final" / "config.json").write_text(json.dumps(config))
+    trained = load_file(run / "final" / "model.safetensors")
+    del trained[head]  # a tied model saves it once
+    save_file(trained, run / "final" / "model.safetensors", metadata={"format": "pt"})
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = load_file(export_run(run).path / "model.safetensors")
+    assert torch.equal(after[head], after[embeddings])
+    assert not torch.equal(after[head], before[head])
 
 
 def test_the_dtype_of_the_base_is_kept(

@@ -151,7 +151,11 @@ def test_a_new_run_sets_the_older_one_aside(train: Callable[..., tuple[Path, Sum
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"seed": 7}, "seed (was 0, is 7)"), ({"train__batch_size": 2}, "global_batch (was 4, is 2)")],
+    [
+        ({"seed": 7}, "seed (was 0, is 7)"),
+        ({"evs__scope": "sample"}, "'scope': 'batch'"),
+        ({"train__batch_size": 2}, "global_batch (was 4, is 2)"),
+    ],
 )
 def test_resuming_another_run_is_refused(
     train: Callable[..., tuple[Path, Summary]], change: dict[str, Any], named: str
