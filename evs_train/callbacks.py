@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from evs_train.collate import EvsHook, PlannedItem
+from evs_train.collate import PlannedItem
 from evs_train.config import TrackingSection
+from evs_train.prune import EvsHook
 from evs_train.visualize import kept_figure, save_png
 
 

@@ -16,6 +16,8 @@ from evs_train.errors import RecipeError
 
 Part = Literal["vision", "projector", "language_model"]
 PARTS: tuple[Part, ...] = get_args(Part)
+Positions = Literal["preserve", "sequential", "engine"]
+"""Of retained tokens: those of the unpruned video; 0, 1, 2, ... without gaps; those that a serving engine gives."""
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -104,6 +106,11 @@ class EvsSection(Section):
     )
     scope: Literal["batch", "sample"] = Field("batch", description="one rate per optimizer step, or one per sample")
     cap: bool = Field(True, description="keep drawn rates low enough that more than the first unit is left")
+    positions: Positions = Field(
+        "preserve",
+        description="retained tokens keep their positions, or are numbered anew (sequential: families with 1-D "
+        "positions), or text after a video stands where vLLM puts it when it prunes (engine: Qwen2.5-VL)",
+    )
     score: Literal["engine", "embeds"] = Field(
         "engine", description="score the tensor that serving scores for this family, or the plain embeddings"
     )
@@ -169,6 +176,7 @@ class TrainSection(Section):
     epochs: float = Field(1.0, gt=0, description="passes over the rows, where steps is null")
     batch_size: int = Field(1, ge=1, description="rows per process and micro-batch")
     grad_accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    packing: bool = Field(False, description="join a micro-batch's rows to one sequence after pruning; no padding")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     log_every: int = Field(10, ge=1, description="steps between logs")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")

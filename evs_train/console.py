@@ -54,7 +54,7 @@ def plan_table(plans: Sequence[BatchPlan]) -> Table:
                 ", ".join(f"{v.item.num_units}x{v.item.tokens_per_unit}, {v.num_retained}" for v in videos) or "-",
                 str(sum(p.row == row and p.item.kind == "image" for p in plan.items)),
                 str(plan.num_tokens[row]),
-                str(plan.padded_length),
+                str(plan.shape[1]),
                 str(plan.num_supervised[row]),
             )
     return table

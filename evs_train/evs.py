@@ -7,7 +7,7 @@ video is encoded; `select_tokens` says which, on the device.
 
 Invariant: nothing here synchronises host and device, and every output shape follows from input shapes and the rate.
 Cost: one cosine per token and one stable sort of T*N numbers per video; no host-device transfer.
-This module does not know batches, token ids or models; see `collate.py`.
+This module does not know batches, token ids or models; see `prune.py`.
 """
 
 from __future__ import annotations

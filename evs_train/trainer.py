@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from evs_train.collate import BatchPlan, EvsHook
+from evs_train.collate import BatchPlan
 from evs_train.config import OptimSection
 from evs_train.data.chat import IGNORE_INDEX
 from evs_train.models.loading import parameter_groups
+from evs_train.prune import EvsHook
 
 RATE_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Upper ends (inclusive) of the buckets in which the loss is reported; the first is for videos that stayed dense."""
@@ -79,7 +80,7 @@ class Tally:
             "video_rows": sum(rate is not None for rate in applied),
             "rate_applied": sum(rate for rate in applied if rate is not None),
             "tokens": sum(plan.num_tokens),
-            "padding": plan.padded_length * len(plan.draws) - sum(plan.num_tokens),
+            "padding": plan.shape[0] * plan.shape[1] - sum(plan.num_tokens),
             "supervised": sum(plan.num_supervised),
             "video_tokens_before": plan.video_tokens_before,
             "video_tokens_after": plan.video_tokens_after,

@@ -21,13 +21,13 @@ import torch
 from filelock import FileLock
 from peft import PeftModel
 from torch import nn
-from transformers import ProgressCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from evs_train import samplers
 from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb, prepare_wandb
 from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
-from evs_train.collate import BatchPlan, Collator, EvsHook
+from evs_train.collate import BatchPlan, Collator
 from evs_train.config import Recipe
 from evs_train.data import manifest, synthetic
 from evs_train.data.batches import TrainingStream
@@ -44,6 +44,7 @@ from evs_train.models.loading import (
     without_weights,
 )
 from evs_train.models.tiny import build_tiny
+from evs_train.prune import EvsHook
 from evs_train.trainer import UptrainTrainer
 
 DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
@@ -79,7 +80,11 @@ class Run:
         if recipe.demo is not None:
             _build_demo(recipe)
         self.samples = manifest.read_rows(recipe.data.rows, recipe.data.media_root)
-        self.family: Family = load_family(recipe.model, recipe.data)
+        self.family: Family = load_family(recipe.model, recipe.data, recipe.evs.positions)
+        if recipe.train.packing and not self.family.attention_only:
+            raise RecipeError(
+                f"train.packing: {self.family.model_type} cannot be packed", "its recurrent layers would mix the rows"
+            )
         self.sampler = samplers.build_sampler(recipe.evs.rate)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.global_batch = recipe.train.batch_size * recipe.train.grad_accumulation * world_size
@@ -92,6 +97,8 @@ class Run:
             merge_media=self.family.merge_media,
             per_sample=recipe.evs.scope == "sample",
             cap=recipe.evs.cap,
+            sequential=recipe.evs.positions == "sequential",
+            packing=recipe.train.packing,
         )
         self.stream = TrainingStream(
             samples=self.samples,
@@ -176,7 +183,7 @@ class Run:
         """The model with its hook in the trainer that will train it."""
         recipe, output = self.recipe, Path(self.recipe.output_dir)
         model = self.load_model()
-        plain: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         hook = EvsHook(
             family=self.family,
             model=plain,

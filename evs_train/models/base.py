@@ -16,12 +16,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from evs_train.config import Part
+from evs_train.config import Part, Positions
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
 from evs_train.data.video import Clip
 
 Features = list[Tensor]
-"""Everything the encoder says of one video or image, each (num_tokens, D): pooled embeddings, then deepstack layers."""
+"""Everything the encoder says of one video or image, each (num_tokens, D): pooled embeddings, then deepstack layers.
+Rows that stand behind a video's T * N tokens always stay (LLaVA-OneVision's newline)."""
 
 
 class Family(ABC):
@@ -33,6 +34,9 @@ class Family(ABC):
         unused: module-name prefixes that are always frozen: video never runs them, or checkpoints do not store them.
         lora_targets: default names of the linear layers that get adapters.
         shares_encoder: images and videos run through the same modules, so either one gives all of them a gradient.
+        attention_only: tokens meet in attention and nowhere else, so dropping a token equals masking it, and rows can
+            be packed. Recurrent layers see a shorter sequence instead, and take no borders between documents.
+        position_rules: the values of `evs.positions` that this family has; see `Positions`.
     """
 
     model_type: ClassVar[str]
@@ -40,14 +44,22 @@ class Family(ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]]
     shares_encoder: ClassVar[bool]
+    attention_only: ClassVar[bool] = True
+    position_rules: ClassVar[tuple[Positions, ...]] = ("preserve",)
 
     def __init__(
-        self, config: Any, processor: Any, video_kwargs: Mapping[str, Any] = {}, image_kwargs: Mapping[str, Any] = {}
+        self,
+        config: Any,
+        processor: Any,
+        video_kwargs: Mapping[str, Any] = {},
+        image_kwargs: Mapping[str, Any] = {},
+        positions: Positions = "preserve",
     ) -> None:
         self.config = config
         self.processor = processor
         self.video_kwargs = dict(video_kwargs)
         self.image_kwargs = dict(image_kwargs)
+        self.positions = positions
 
     @property
     def pad_token_id(self) -> int:
@@ -59,7 +71,10 @@ class Family(ABC):
         """Expand the placeholders of one rendered conversation and preprocess its media (see `Prepared`)."""
 
     def position_ids(self, prepared: Prepared) -> Tensor | None:
-        """Positions (P, L) int64 of the unpruned tokens, or None when the model takes none. Runs on the host."""
+        """Positions (P, L) int64 of the unpruned tokens, or None when the model takes none. Runs on the host.
+
+        P is 1 where the model takes (B, L), 3 where it takes (3, B, L).
+        """
         return None
 
     @abstractmethod

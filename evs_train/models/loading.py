@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from evs_train.config import PARTS, DataSection, LoraSection, ModelSection, OptimSection, Part, TuningSection
+from evs_train.config import PARTS, DataSection, LoraSection, ModelSection, OptimSection, Part, Positions, TuningSection
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES
 from evs_train.models.base import Family
@@ -57,9 +57,19 @@ def _reason(error: Exception) -> str:
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def load_family(model: ModelSection, data: DataSection) -> Family:
-    """The family's adapter with the checkpoint's processor; loads no weights."""
+def load_family(model: ModelSection, data: DataSection, positions: Positions = "preserve") -> Family:
+    """The family's adapter with the checkpoint's processor; loads no weights.
+
+    Raises:
+        ModelError: the checkpoint or its processor cannot be read, or its architecture is not supported.
+        RecipeError: the family has no such rule for positions.
+    """
     config = load_config(model.path, model.revision)
+    rules = FAMILIES[config.model_type].position_rules
+    if positions not in rules:
+        raise RecipeError(
+            f"evs.positions: {positions} is not possible with {config.model_type}", f"it has {', '.join(rules)}"
+        )
     try:
         processor = AutoProcessor.from_pretrained(model.path, revision=model.revision)
     except (OSError, ValueError) as error:
@@ -68,7 +78,7 @@ def load_family(model: ModelSection, data: DataSection) -> Family:
         ) from error
     if processor.chat_template is None:
         raise ModelError(f"the processor of {model.path} has no chat template", "start from an instruction-tuned model")
-    return FAMILIES[config.model_type](config, processor, data.video_kwargs, data.image_kwargs)
+    return FAMILIES[config.model_type](config, processor, data.video_kwargs, data.image_kwargs, positions)
 
 
 def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -46,6 +46,7 @@ class NemotronHOmni(Family):
         "down_proj",
     )
     shares_encoder: ClassVar[bool] = False
+    attention_only: ClassVar[bool] = False
 
     def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
         processor = self.processor

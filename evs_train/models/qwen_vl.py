@@ -17,6 +17,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoModel
 
+from evs_train.config import Positions
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
 from evs_train.data.video import Clip, video_metadata
 from evs_train.models.base import Family, Features, frames_tensor, reading_order
@@ -31,9 +32,14 @@ class QwenVL(Family):
     shares_encoder: ClassVar[bool] = True
 
     def __init__(
-        self, config: Any, processor: Any, video_kwargs: Mapping[str, Any] = {}, image_kwargs: Mapping[str, Any] = {}
+        self,
+        config: Any,
+        processor: Any,
+        video_kwargs: Mapping[str, Any] = {},
+        image_kwargs: Mapping[str, Any] = {},
+        positions: Positions = "preserve",
     ) -> None:
-        super().__init__(config, processor, video_kwargs, image_kwargs)
+        super().__init__(config, processor, video_kwargs, image_kwargs, positions)
         shallow = copy.deepcopy(config)
         shallow.text_config.num_hidden_layers = 1
         shallow.vision_config.depth = 1

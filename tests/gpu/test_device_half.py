@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from evs_train.collate import compact
 from evs_train.evs import select_tokens
+from evs_train.prune import compact
 from tests.parity.rig import Rig, attention_mask
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

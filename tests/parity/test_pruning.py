@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evs_train.collate import EvsHook, compact
 from evs_train.evs import select_tokens
+from evs_train.prune import EvsHook, compact
 from tests.parity.rig import Rig, attention_mask, kept_positions, supervised
 
 RATES = (0.3, 0.75, 0.9)
@@ -98,8 +98,7 @@ def test_planned_shapes_are_the_real_ones(rig: Rig) -> None:
     batch = rig.batch(ALL, 0.75)
     seen = captured_inputs(rig, batch)
     plan = batch["plan"]
-    assert seen["input_ids"].shape == (len(ALL), plan.padded_length)
-    assert plan.padded_length == max(plan.num_tokens)
+    assert seen["input_ids"].shape == plan.shape == (len(ALL), max(plan.num_tokens))
     assert plan.video_tokens_after < plan.video_tokens_before
 
 
@@ -198,4 +197,4 @@ def test_the_device_half_never_reads_a_value_back(rig: Rig) -> None:
             for p in batch["plan"].videos
         ]
         moved = compact(fake, chosen, pad_token_id=0)
-    assert moved["input_ids"].shape == (len(ALL), batch["plan"].padded_length)
+    assert moved["input_ids"].shape == batch["plan"].shape

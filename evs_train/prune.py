@@ -1,0 +1,208 @@
+"""Device half of pruning: a forward pre-hook that encodes a batch's media, lets EVS choose, and shortens the batch.
+
+It runs on the model that the trainer was given, inside forward, hence inside DDP, DeepSpeed and FSDP, and leaves the
+model's class, `state_dict` and `save_pretrained` alone. Ids, labels, positions and features are moved together by one
+index, into the shapes that the host half planned (`collate.py`).
+
+Invariants: the number of supervised tokens never changes; at rate 0 the batch is the unpruned one; attention is always
+told where rows begin and end (`_attention`), since without it transformers takes the position gaps that pruning leaves
+for document boundaries; selection and compaction have fixed shapes and no host-device synchronisation (the encoders of
+transformers have theirs; under ZeRO-3 `_num_calls` adds one).
+Cost: a sort of the retained indices and one gather per tensor; a packed batch outside flash attention needs a mask of
+its length squared.
+This module does not decode, tokenize or compute a loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from evs_train import evs
+from evs_train.collate import BatchPlan, PlannedItem
+from evs_train.data.chat import IGNORE_INDEX, Kind, Media
+from evs_train.models.base import Family, Features
+from evs_train.timing import Stopwatch
+
+KINDS: tuple[Kind, ...] = ("image", "video")
+INPUTS = ("input_ids", "labels", "media", "plan", "index", "position_ids", "sequential_ids")
+
+
+def compact(batch: dict[str, Any], selected: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """Move ids, labels and positions of the retained tokens together.
+
+    Args:
+        batch: a batch of `Collator`, on the device.
+        selected: for each video of the batch, the (K,) int64 indices of its retained tokens.
+
+    Returns:
+        `input_ids`, `labels`, `documents` of shape `plan.shape`, int64; `documents` is the row that a token comes from,
+        -1 where there is padding. Where the batch has positions, `position_ids` (P, *plan.shape), or plan.shape if P
+        is 1.
+    """
+    plan: BatchPlan = batch["plan"]
+    index: dict[str, Tensor] = batch["index"]
+    of_videos = index["video"].split([planned.item.num_tokens for planned in plan.videos])
+    kept = [places[chosen] for places, chosen in zip(of_videos, selected, strict=True)]
+    source = torch.cat([index["always"], *kept]).sort().values  # (sum of retained lengths,)
+    target = index["target"]
+
+    def moved(values: Tensor, fill: int) -> Tensor:
+        flat = values.new_full((plan.shape[0] * plan.shape[1],), fill)
+        return flat.index_copy(0, target, values.flatten()[source]).view(plan.shape)
+
+    ids: Tensor = batch["input_ids"]
+    rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    out = {
+        "input_ids": moved(ids, pad_token_id),
+        "labels": moved(batch["labels"], IGNORE_INDEX),
+        "documents": moved(rows, -1),
+    }
+    if "sequential_ids" in batch:
+        out["position_ids"] = batch["sequential_ids"]
+    elif "position_ids" in batch:
+        positions = torch.stack([moved(row, 0) for row in batch["position_ids"]])
+        out["position_ids"] = positions if len(positions) > 1 else positions[0]
+    return out
+
+
+@dataclass
+class EvsHook:
+    """Device half: a forward pre-hook that prunes a batch of `Collator` on its way into the model.
+
+    A forward call without a `plan` (generation, plain evaluation) passes through untouched.
+
+    Attributes:
+        model: the plain transformers model inside whatever wraps it.
+        engine_score: score what serving scores for the family, rather than the pooled embeddings alone.
+        float32_score: upcast before scoring. Serving does not.
+        encoder_trains: the vision tower or projector has trainable parameters. In training every rank then encodes
+            at least one medium (a blank one, of which nothing is kept), or its gradients would be missing elsewhere.
+        equal_calls: all ranks must call the tower equally often, as ZeRO-3 needs: its modules gather their weights by
+            collectives.
+        autocast: makes the mixed-precision context that the forward runs in.
+        labels: (B, L') labels of the last pruned batch.
+        kept: (planned video, (K,) selected) of every video whose plan carries frames, until somebody clears it.
+    """
+
+    family: Family
+    model: PreTrainedModel
+    engine_score: bool = True
+    float32_score: bool = False
+    encoder_trains: bool = False
+    equal_calls: bool = False
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    labels: Tensor = field(default_factory=lambda: torch.empty(0))
+    kept: list[tuple[PlannedItem, Tensor]] = field(default_factory=list)
+
+    def attach(self, module: nn.Module) -> RemovableHandle:
+        """Register on `module`, the outermost one that the trainer is given (a PEFT model bypasses inner hooks)."""
+        return module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if "plan" not in kwargs:
+            return None
+        batch: dict[str, Any] = {key: kwargs.pop(key) for key in INPUTS if key in kwargs}
+        plan: BatchPlan = batch["plan"]
+        with self.autocast():
+            with self.stopwatch.section("encoder"):
+                encoded, blanks = self._encode(batch["media"], training=module.training)
+            with self.stopwatch.section("pruning"):
+                selected = [
+                    self._select(planned, features)
+                    for planned, features in zip(plan.videos, encoded["video"], strict=True)
+                ]
+                remaining: dict[Kind, Any] = {
+                    "image": iter(encoded["image"]),
+                    "video": iter(
+                        [
+                            _retained(features, chosen, planned.item.num_tokens)
+                            for planned, features, chosen in zip(plan.videos, encoded["video"], selected, strict=True)
+                        ]
+                    ),
+                }
+                features = [(planned.item.kind, next(remaining[planned.item.kind])) for planned in plan.items]
+                pruned = compact(batch, selected, self.family.pad_token_id)
+        pruned |= self._attention(plan, batch["index"]["boundaries"], pruned.pop("documents"))
+        self.labels = pruned["labels"]
+        self.kept += [(p, chosen) for p, chosen in zip(plan.videos, selected, strict=True) if p.frames is not None]
+        outputs = self.family.encoder_outputs(features + blanks)
+        return args, {**kwargs, **pruned, "mm_encoder_outputs": outputs}
+
+    def _select(self, planned: PlannedItem, features: Features) -> Tensor:
+        scored = self.family.score_tensor(features) if self.engine_score else features[0]
+        scored = scored.float() if self.float32_score else scored
+        item = planned.item
+        grids = scored[: item.num_tokens].view(item.num_units, item.tokens_per_unit, -1)
+        return evs.select_tokens(grids, planned.pruning_rate)
+
+    def _attention(self, plan: BatchPlan, boundaries: Tensor, documents: Tensor) -> dict[str, Any]:
+        """What attention is told: a mask of padding, or for packed rows of the borders between them.
+
+        Flash attention is given the borders of a single sequence, packed or not: transformers drops a mask of ones and
+        would then look for documents in the positions.
+        """
+        attention = self.model.config.get_text_config()._attn_implementation
+        if plan.shape[0] == 1 and "flash" in attention and self.family.attention_only:
+            longest = max(plan.num_tokens)
+            borders = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+            return {**borders, "max_length_q": longest, "max_length_k": longest, "attention_mask": None}
+        if not plan.packed:
+            return {"attention_mask": (documents >= 0).long()}
+        visible = (documents[:, None, :, None] == documents[:, None, None, :]).tril()  # (1, 1, L', L')
+        if attention == "sdpa":
+            return {"attention_mask": visible}
+        least = torch.finfo(self.model.dtype).min
+        return {"attention_mask": torch.zeros_like(visible, dtype=self.model.dtype).masked_fill(~visible, least)}
+
+    def _encode(self, media: Media, training: bool) -> tuple[dict[Kind, list[Features]], list[tuple[Kind, Features]]]:
+        """Encode all media; also run the tower on blanks as often as `_num_calls` asks, of which nothing is kept."""
+        encoded: dict[Kind, list[Features]] = {"image": [], "video": []}
+        blanks: list[tuple[Kind, Features]] = []
+        calls = {kind: self.family.num_encoder_calls(media, kind) for kind in KINDS}
+        wanted = self._num_calls(calls) if training else calls
+        for kind in KINDS:
+            if calls[kind]:
+                encoded[kind] = self.family.encode(self.model, media, kind)
+            for _ in range(wanted[kind] - calls[kind]):
+                device = next(self.model.parameters()).device
+                blank = _to_device(self.family.blank(kind), device)
+                # A slice of length 0 adds no token, and its backward gives the tower exact zeros.
+                blanks += [(kind, [layer[:0] for layer in one]) for one in self.family.encode(self.model, blank, kind)]
+        return encoded, blanks
+
+    def _num_calls(self, calls: dict[Kind, int]) -> dict[Kind, int]:
+        wanted = dict(calls)
+        if self.equal_calls:
+            counts = torch.tensor([calls[kind] for kind in KINDS], device=next(self.model.parameters()).device)
+            torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX)
+            wanted = dict(zip(KINDS, counts.tolist(), strict=True))
+        if self.encoder_trains:
+            if not self.family.shares_encoder:
+                wanted = {kind: max(1, count) for kind, count in wanted.items()}
+            elif not any(wanted.values()):
+                wanted["video"] = 1
+        return wanted
+
+
+def _retained(features: Features, chosen: Tensor, num_tokens: int) -> Features:
+    """The chosen rows of each layer, and all rows that stand behind the video's own tokens."""
+    return [
+        layer[chosen] if len(layer) == num_tokens else torch.cat([layer[chosen], layer[num_tokens:]])
+        for layer in features
+    ]
+
+
+def _to_device(media: Media, device: torch.device) -> Media:
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else [tensor.to(device) for tensor in value]
+        for name, value in media.items()
+    }
