@@ -111,10 +111,14 @@ class EvsHook:
         if "plan" not in kwargs:
             return None
         batch: dict[str, Any] = {key: kwargs.pop(key) for key in INPUTS if key in kwargs}
+        return args, {**kwargs, **self.prune(batch, training=module.training)}
+
+    def prune(self, batch: dict[str, Any], training: bool = False) -> dict[str, Any]:
+        """Arguments of the plain model's forward for a batch of `Collator` (on the device): encoded and pruned."""
         plan: BatchPlan = batch["plan"]
         with self.autocast():
             with self.stopwatch.section("encoder"):
-                encoded, blanks = self._encode(batch["media"], training=module.training)
+                encoded, blanks = self._encode(batch["media"], training)
             with self.stopwatch.section("pruning"):
                 selected = [
                     self._select(planned, features)
@@ -131,11 +135,10 @@ class EvsHook:
                 }
                 features = [(planned.item.kind, next(remaining[planned.item.kind])) for planned in plan.items]
                 pruned = compact(batch, selected, self.family.pad_token_id)
-        pruned |= self._attention(plan, batch["index"]["boundaries"], pruned.pop("documents"))
+        attention = self._attention(plan, batch["index"]["boundaries"], pruned.pop("documents"))
         self.labels = pruned["labels"]
         self.kept += [(p, chosen) for p, chosen in zip(plan.videos, selected, strict=True) if p.frames is not None]
-        outputs = self.family.encoder_outputs(features + blanks)
-        return args, {**kwargs, **pruned, "mm_encoder_outputs": outputs}
+        return {**pruned, **attention, "mm_encoder_outputs": self.family.encoder_outputs(features + blanks)}
 
     def _select(self, planned: PlannedItem, features: Features) -> Tensor:
         scored = self.family.score_tensor(features) if self.engine_score else features[0]
@@ -174,7 +177,7 @@ class EvsHook:
                 encoded[kind] = self.family.encode(self.model, media, kind)
             for _ in range(wanted[kind] - calls[kind]):
                 device = next(self.model.parameters()).device
-                blank = _to_device(self.family.blank(kind), device)
+                blank = to_device(self.family.blank(kind), device)
                 # A slice of length 0 adds no token, and its backward gives the tower exact zeros.
                 blanks += [(kind, [layer[:0] for layer in one]) for one in self.family.encode(self.model, blank, kind)]
         return encoded, blanks
@@ -201,8 +204,10 @@ def _retained(features: Features, chosen: Tensor, num_tokens: int) -> Features:
     ]
 
 
-def _to_device(media: Media, device: torch.device) -> Media:
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else [tensor.to(device) for tensor in value]
-        for name, value in media.items()
-    }
+def to_device(values: Any, device: torch.device) -> Any:
+    """Tensors in nested dictionaries and lists moved to `device`; anything else as it is."""
+    if isinstance(values, Tensor):
+        return values.to(device)
+    if isinstance(values, dict):
+        return {name: to_device(value, device) for name, value in values.items()}
+    return [to_device(value, device) for value in values] if isinstance(values, list) else values

@@ -31,7 +31,7 @@ from evs_train.collate import BatchPlan, Collator
 from evs_train.config import Recipe
 from evs_train.data import manifest, synthetic
 from evs_train.data.batches import TrainingStream
-from evs_train.data.video import FrameSampling
+from evs_train.data.video import frame_sampling
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
 from evs_train.models.loading import (
@@ -103,7 +103,7 @@ class Run:
         self.stream = TrainingStream(
             samples=self.samples,
             encoder=self.family,
-            sampling=frame_sampling(recipe),
+            sampling=frame_sampling(recipe.data),
             num_draws=self.num_steps * self.global_batch,
             seed=recipe.seed,
             template_kwargs=recipe.data.template_kwargs,
@@ -282,13 +282,6 @@ def leave_process_group() -> None:
     """End the processes' connection, so that none waits while the first one exports."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def frame_sampling(recipe: Recipe) -> FrameSampling:
-    """How the recipe samples frames; 2 per second when it says nothing."""
-    data = recipe.data
-    fps = 2.0 if data.fps is None and data.num_frames is None else data.fps
-    return FrameSampling(fps=fps, num_frames=data.num_frames, min_frames=data.min_frames, max_frames=data.max_frames)
 
 
 def deepspeed_file(name: str) -> Path:

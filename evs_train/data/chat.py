@@ -11,6 +11,7 @@ Cost: three renderings and one tokenization per assistant turn, beside the proce
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,14 +139,7 @@ def build_example(
             tokens (it is refused, never cut: a cut inside a video breaks the match of tokens and features).
     """
     messages = list(sample.messages)
-    text = _render(encoder.processor, messages, template_kwargs, sample.source)
-    for token, count in ((encoder.processor.video_token, len(clips)), (encoder.processor.image_token, len(images))):
-        if text.count(token) != count:
-            raise DataError(
-                f"{sample.source}: the rendered conversation has {text.count(token)} {token} for {count} file(s)",
-                f"remove or reword a literal {token} in the row's text",
-            )
-    prepared = encoder.prepare(text, clips, images)
+    prepared = _prepare(sample, clips, images, encoder, template_kwargs)
     ids = prepared.input_ids
     if max_length is not None and len(ids) > max_length:
         raise DataError(
@@ -156,16 +150,53 @@ def build_example(
     labels = label_turns(ids, turns, encoder.processor.tokenizer, sample.source)
     if bool((labels[prepared.media_mask] != IGNORE_INDEX).any()):
         raise DataError(f"{sample.source}: an answer contains media", "media belong in the user's turns")
+    example = _example(sample, prepared, encoder, labels, draw)
+    return dataclasses.replace(example, frames=_thumbnails(clips, prepared.items)) if keep_frames else example
+
+
+def build_prompt(
+    sample: Sample,
+    clips: Sequence[Clip],
+    images: Sequence[Image],
+    encoder: SampleEncoder,
+    *,
+    template_kwargs: Mapping[str, Any],
+) -> Example:
+    """A conversation up to where the assistant's answer begins, without labels. Raises DataError as `build_example`."""
+    prepared = _prepare(sample, clips, images, encoder, template_kwargs, add_generation_prompt=True)
+    return _example(sample, prepared, encoder, torch.full_like(prepared.input_ids, IGNORE_INDEX), draw=0)
+
+
+def _prepare(
+    sample: Sample,
+    clips: Sequence[Clip],
+    images: Sequence[Image],
+    encoder: SampleEncoder,
+    template_kwargs: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool = False,
+) -> Prepared:
+    processor = encoder.processor
+    text = _render(processor, sample.messages, template_kwargs, sample.source, add_generation_prompt)
+    for token, count in ((processor.video_token, len(clips)), (processor.image_token, len(images))):
+        if text.count(token) != count:
+            raise DataError(
+                f"{sample.source}: the rendered conversation has {text.count(token)} {token} for {count} file(s)",
+                f"remove or reword a literal {token} in the row's text",
+            )
+    return encoder.prepare(text, clips, images)
+
+
+def _example(sample: Sample, prepared: Prepared, encoder: SampleEncoder, labels: Tensor, draw: int) -> Example:
     return Example(
         draw=draw,
         sample_id=sample.id,
-        input_ids=ids,
+        input_ids=prepared.input_ids,
         labels=labels,
         position_ids=encoder.position_ids(prepared),
         media=prepared.media,
         items=prepared.items,
         spans=_spans(prepared, sample.source),
-        frames=_thumbnails(clips, prepared.items) if keep_frames else (),
     )
 
 

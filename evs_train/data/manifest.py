@@ -88,6 +88,15 @@ def read_rows(paths: Sequence[str | Path], media_root: str | Path | None = None)
     return samples
 
 
+def read_prompt(messages: Sequence[dict[str, Any]], media_root: str | Path = ".") -> Sample:
+    """A conversation that waits for its answer, as a sample: OpenAI-style messages that name their media files.
+
+    Raises:
+        DataError, MediaError: as `read_rows`, or the last turn is not the user's.
+    """
+    return _sample({"messages": list(messages)}, "prompt", 1, "the prompt", Path(media_root), prompt=True)
+
+
 def fingerprint(samples: Iterable[Sample]) -> str:
     """SHA-256 (hex) of what a run is trained on, independent of where it lies.
 
@@ -164,7 +173,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: holds no rows")
 
 
-def _sample(row: Any, file_name: str, number: int, source: str, root: Path) -> Sample:
+def _sample(row: Any, file_name: str, number: int, source: str, root: Path, *, prompt: bool = False) -> Sample:
     if isinstance(row, DataError):
         raise row
     row = _object(row, "the row")
@@ -174,8 +183,10 @@ def _sample(row: Any, file_name: str, number: int, source: str, root: Path) -> S
         raise DataError(f'"{key}" is {"empty" if turns == [] else _kind(turns)}', "it must be a list of turns")
     slots: dict[str, list[str | None]] = {kind: [] for kind in MEDIA}
     messages = tuple(_message(turn, index, *CONVERSATION_KEYS[key], slots) for index, turn in enumerate(turns, start=1))
-    if not any(message["role"] == "assistant" for message in messages):
+    if not prompt and not any(message["role"] == "assistant" for message in messages):
         raise DataError("no assistant turn", "without an answer there is nothing to learn from; remove the row")
+    if prompt and messages[-1]["role"] != "user":
+        raise DataError(f"the last turn is the {messages[-1]['role']}'s", "a prompt ends with the user's turn")
     media = {kind: tuple(_fill(kind, slots[kind], _listed(row, kind), root)) for kind in MEDIA}
     row_id = row.get("id")
     return Sample(

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from transformers.video_utils import VideoMetadata
 
+from evs_train.config import DataSection
 from evs_train.errors import MediaError, RecipeError
 
 CLOCK_HZ = 1000
@@ -70,6 +71,12 @@ class FrameSampling:
             raise RecipeError(
                 f"data.min_frames must be at least 1 and at most data.max_frames: {self.min_frames}, {self.max_frames}"
             )
+
+
+def frame_sampling(data: DataSection) -> FrameSampling:
+    """How a recipe's `data` section samples frames; 2 per second when it says nothing."""
+    fps = 2.0 if data.fps is None and data.num_frames is None else data.fps
+    return FrameSampling(fps=fps, num_frames=data.num_frames, min_frames=data.min_frames, max_frames=data.max_frames)
 
 
 @dataclass(frozen=True)

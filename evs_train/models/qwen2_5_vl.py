@@ -3,9 +3,9 @@
 All tokens of a video stand between one `<|vision_start|>` and one `<|vision_end|>`. Unit t of a video has the temporal
 position `int(t * tokens_per_second * second_per_grid)` after the text before it, where second_per_grid is the video's
 length times two over its sampled frames; the processor computes it from the clip's metadata, and it travels with the
-encoder inputs. Text after a video goes on behind the larger side of its grid, however long it is, as in transformers
-5.23; the model was published with text behind the last temporal position too. vLLM does the latter for an unpruned
-video, and behind the grid's width for a pruned one (`vllm/multimodal/evs.py`).
+encoder inputs. Text after a video or an image goes on behind the larger side of its grid, however long it is, as in
+transformers 5.23; the model was published with text behind the last temporal position too. vLLM does the latter for an
+unpruned video, and behind the grid's width when it prunes (`vllm/multimodal/evs.py`); `evs.positions: engine` follows.
 
 Engines score the pooled embeddings.
 """
@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from evs_train.config import Part
-from evs_train.data.chat import Kind
+from evs_train.config import Part, Positions
+from evs_train.data.chat import Kind, Prepared
 from evs_train.models.base import Features
 from evs_train.models.qwen_vl import QwenVL
 
@@ -35,6 +37,16 @@ class Qwen25VL(QwenVL):
     lora_targets: ClassVar[tuple[str, ...]] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+
+    position_rules: ClassVar[tuple[Positions, ...]] = ("preserve", "engine")
+
+    def position_ids(self, prepared: Prepared) -> Tensor:
+        positions = super().position_ids(prepared)
+        if self.positions == "engine":
+            places = torch.nonzero(prepared.media_mask)[:, 0].split([item.num_tokens for item in prepared.items])
+            for item, span in zip(prepared.items, places, strict=True):
+                positions[:, span[-1] + 1 :] -= max(item.height - item.width, 0)
+        return positions
 
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         pooled = {kind: tuple(item[0] for of, item in features if of == kind) for kind in ("image", "video")}

@@ -69,6 +69,25 @@ def test_text_goes_on_behind_the_larger_side_whatever_the_time(family: Family, s
     assert int(positions[0, places[-1]]) > int(after[0])  # the video's time reaches beyond the text behind it
 
 
+@pytest.mark.parametrize("size", [(64, 96), (96, 64)])
+def test_engine_positions_go_on_behind_the_width(
+    tiny_checkpoint: Callable[[str], Path], family: Family, size: tuple[int, int]
+) -> None:
+    section = ModelSection(path=str(tiny_checkpoint("qwen2_5_vl")))
+    engine = load_family(section, DataSection(rows="unused.json"), "engine")
+    two = prepared(engine, clip(8, 2.0, *size), clip(4, 2.0, *size))
+    positions, preserved = engine.position_ids(two), family.position_ids(two)
+    assert positions is not None
+    assert preserved is not None
+    places = torch.nonzero(two.media_mask)[:, 0].split([item.num_tokens for item in two.items])
+    for item, span in zip(two.items, places, strict=True):
+        start, after = positions[:, span[0] - 1], positions[:, span[-1] + 1]
+        assert (after - start).tolist() == [1 + item.width] * 3
+        inside, unshifted = positions[:, span], preserved[:, span]
+        assert torch.equal(inside - inside[:, :1], unshifted - unshifted[:, :1])
+    assert torch.equal(positions, preserved) == (size == (64, 96))
+
+
 def test_only_one_pair_of_markers_surrounds_a_video(family: Family) -> None:
     ids = prepared(family, clip(8, 2.0)).input_ids
     for token in ("<|vision_start|>", "<|vision_end|>"):

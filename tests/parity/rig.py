@@ -17,7 +17,7 @@ from evs_train.data.chat import IGNORE_INDEX, Example
 from evs_train.data.manifest import read_rows
 from evs_train.data.video import FrameSampling
 from evs_train.models.loading import load_family, load_weights
-from evs_train.prune import EvsHook
+from evs_train.prune import EvsHook, compact
 from evs_train.samplers import build_sampler
 
 
@@ -51,8 +51,33 @@ class Rig:
         finally:
             handle.remove()
 
+    def attention_arguments(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the hook tells attention about this batch, pruned to the first tokens of each video."""
+        chosen = [torch.arange(planned.num_retained) for planned in batch["plan"].videos]
+        documents = compact(batch, chosen, self.family.pad_token_id)["documents"]
+        hook = EvsHook(self.family, self.model)
+        return hook._attention(batch["plan"], batch["index"]["boundaries"], documents)
+
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: p.grad if p.grad is None else p.grad.clone() for name, p in self.model.named_parameters()}
+
+
+def logits_of_rows(logits: Tensor, plan: BatchPlan) -> list[Tensor]:
+    """(L_i, V) logits of each row of a padded or packed batch."""
+    if plan.packed:
+        return list(logits[0].split(plan.num_tokens))
+    return [row[:length] for row, length in zip(logits, plan.num_tokens, strict=True)]
+
+
+def captured_inputs(rig: Rig, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the hook hands to the model."""
+    seen: dict[str, Any] = {}
+    handle = rig.model.register_forward_hook(lambda m, a, kwargs, out: seen.update(kwargs), with_kwargs=True)
+    try:
+        rig.forward(batch)
+    finally:
+        handle.remove()
+    return seen
 
 
 def attention_mask(batch: dict[str, Any]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,22 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evs_train.evs import select_tokens
 from evs_train.prune import EvsHook, compact
-from tests.parity.rig import Rig, attention_mask, kept_positions, supervised
+from tests.parity.rig import Rig, attention_mask, captured_inputs, kept_positions, supervised
 
 RATES = (0.3, 0.75, 0.9)
 MIXED = ("two", "image", "text")
 ALL = ("two", "image", "text", "still", "both")
-
-
-def captured_inputs(rig: Rig, batch: dict[str, Any]) -> dict[str, Any]:
-    """What the hook hands to the model."""
-    seen: dict[str, Any] = {}
-    handle = rig.model.register_forward_hook(lambda m, a, kwargs, out: seen.update(kwargs), with_kwargs=True)
-    try:
-        rig.forward(batch)
-    finally:
-        handle.remove()
-    return seen
 
 
 @pytest.mark.parametrize("rate", RATES)

@@ -1,0 +1,141 @@
+"""Answers of a model that sees pruned video, in plain transformers: what evaluation needs, and a check of a checkpoint.
+
+    model = PrunedModel.load("runs/tiny/export")
+    model.answer([{"role": "user", "content": [{"type": "video", "video": "clip.mp4"},
+                                               {"type": "text", "text": "What moves?"}]}], pruning_rate=0.75)
+
+The prompt is decoded, encoded and pruned as in training, and `generate` of transformers goes on from there: it takes
+encoder outputs and positions from outside. New tokens are numbered on from the last token of the prompt.
+
+Invariant: greedy answers are those of repeated full forwards over the pruned prompt. One prompt at a time: recurrent
+layers would read padding into their state. Cost: one prefill of the retained tokens; no copy of the weights.
+This is no serving engine: there is no batching across requests, and no paged cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evs_train.collate import Collator
+from evs_train.config import DataSection, ModelSection, Positions
+from evs_train.data.chat import Example, build_prompt
+from evs_train.data.manifest import read_prompt
+from evs_train.data.video import FrameSampling, frame_sampling, read_image, read_video
+from evs_train.errors import RecipeError
+from evs_train.models.base import Family
+from evs_train.models.loading import load_family, load_weights
+from evs_train.prune import EvsHook, to_device
+from evs_train.samplers import build_sampler
+
+
+@dataclass
+class PrunedModel:
+    """A checkpoint with its processor, ready to answer at any pruning rate.
+
+    Attributes:
+        trained_rate: `video_pruning_rate` of the checkpoint's config.json, or 0; the rate when a call names none.
+        sampling: how frames are taken from videos.
+        template_kwargs: variables of the chat template.
+    """
+
+    family: Family
+    model: PreTrainedModel
+    trained_rate: float = 0.0
+    sampling: FrameSampling = field(default_factory=lambda: FrameSampling(fps=2.0))
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        device: str | torch.device | None = None,
+        positions: Positions = "preserve",
+        data: Mapping[str, Any] | None = None,
+        **model: Any,
+    ) -> PrunedModel:
+        """Load a checkpoint, such as an export.
+
+        Args:
+            checkpoint: directory or hub name.
+            dtype: of the weights, the computation and the scores; see `model.dtype` of a recipe.
+            device: default: the GPU if there is one.
+            positions: `evs.positions` of the recipe that trained the checkpoint.
+            data: keys of a recipe's `data` section that say how videos are sampled and processed.
+            model: other keys of a recipe's `model` section.
+
+        Raises:
+            ModelError, RecipeError: as `load_family` and `load_weights`.
+        """
+        section = ModelSection(path=str(checkpoint), dtype=dtype, **model)
+        if section.attn_implementation == "flash_attention_2":
+            raise RecipeError("flash_attention_2 does not generate from pruned video", "use sdpa")
+        options = DataSection(rows=["none"], **(data or {}))
+        family = load_family(section, options, positions)
+        trained_rate = float(family.config.to_dict().get("video_pruning_rate") or 0.0)
+        plain = load_weights(section, family.config, getattr(torch, dtype))
+        plain.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(family, plain, trained_rate, frame_sampling(options), options.template_kwargs)
+
+    def answer(self, messages: Sequence[dict[str, Any]], pruning_rate: float | None = None, **options: Any) -> str:
+        """The model's answer to OpenAI-style messages that name local files; `options` as for `generate`.
+
+        Raises:
+            DataError, MediaError: the messages are malformed, or a file cannot be read.
+        """
+        prompt = self.prompt(messages)
+        rate = self.trained_rate if pruning_rate is None else pruning_rate
+        new = self.generate(prompt, rate, **options)
+        text: str = self.family.processor.tokenizer.decode(new, skip_special_tokens=True)
+        return text
+
+    def prompt(self, messages: Sequence[dict[str, Any]], media_root: str | Path = ".") -> Example:
+        """Messages with their media, decoded and tokenized, up to where the answer begins."""
+        sample = read_prompt(messages, media_root)
+        clips = [read_video(path, self.sampling) for path in sample.videos]
+        images = [read_image(path) for path in sample.images]
+        return build_prompt(sample, clips, images, self.family, template_kwargs=self.template_kwargs)
+
+    @torch.inference_mode()
+    def inputs(self, prompt: Example, pruning_rate: float) -> dict[str, Any]:
+        """Arguments of the model's forward for one prompt, its videos encoded and pruned; all rows of shape (1, K)."""
+        collator = Collator(
+            sampler=build_sampler(pruning_rate),
+            seed=0,
+            global_batch=1,
+            pad_token_id=self.family.pad_token_id,
+            merge_media=self.family.merge_media,
+            cap=False,
+            sequential=self.family.positions == "sequential",
+        )
+        pruned = EvsHook(self.family, self.model).prune(to_device(collator([prompt]), self.model.device))
+        del pruned["labels"]
+        return pruned
+
+    @torch.inference_mode()
+    def generate(self, prompt: Example, pruning_rate: float, **options: Any) -> Tensor:
+        """Continue one prompt whose videos are pruned.
+
+        Args:
+            prompt: of `prompt`, or any example; its labels are not looked at.
+            pruning_rate: 0 <= rate < 1, applied as serving does: not capped for short videos.
+            options: those of transformers' `generate`, such as `max_new_tokens`; greedy unless `do_sample=True`.
+
+        Returns:
+            (N,) int64 new tokens, the end-of-turn token included.
+
+        Raises:
+            RecipeError: the rate is out of range.
+        """
+        pruned = self.inputs(prompt, pruning_rate)
+        out = self.model.generate(**pruned, **{"do_sample": False, "use_cache": True, **options})
+        new: Tensor = out[0, pruned["input_ids"].shape[1] :]
+        return new
