@@ -21,6 +21,7 @@ from evs_train.data.synthetic import write_dataset
 from evs_train.models import FAMILIES
 from evs_train.models.tiny import build_tiny
 
+pytest_plugins = ["tests.families"]
 torch.set_num_threads(1)
 
 

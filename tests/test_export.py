@@ -55,6 +55,7 @@ def copy_of(run: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.capability("export", "yes")
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_export_answers_as_the_trained_model(
     family_name: str, method: str, finished: Callable[..., tuple[Path, Any]], tiny_checkpoint: Callable[[str], Path]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from evs_train.errors import MediaError, RecipeError
+from evs_train.models import FAMILIES
 from evs_train.trainer import bucket_name, bucket_of
 from evs_train.uptrain import Run, Summary
 from tests.runs import arguments, metrics, recipe_of
@@ -105,6 +106,20 @@ def test_accumulation_does_not_change_loss_or_gradient(
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-4)
         residuals.append(other["loss"] - one["loss"])
     assert abs(sum(residuals) / len(residuals)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "family_name", sorted(name for name, f in FAMILIES.items() if f.attention_only), indirect=False
+)
+def test_packing_does_not_change_loss_or_gradient(family_name: str, train: Callable[..., tuple[Path, Summary]]) -> None:
+    padded, _ = train("padded", family_name, evs__scope="sample")
+    packed, _ = train("packed", family_name, evs__scope="sample", train__packing=True)
+    for one, other in zip(metrics(padded), metrics(packed), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=2e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-4)
+        assert one["evs/padding"] > other["evs/padding"] == 0
+        by_rate = {name: value for name, value in one.items() if name.startswith("loss/")}
+        assert {name: other[name] for name in by_rate} == pytest.approx(by_rate, rel=2e-5)
 
 
 def test_gradient_checkpointing_recomputes_and_does_not_change_the_curve(

@@ -55,6 +55,7 @@ def test_the_rows_are_uneven_over_ranks(mixed_rows: Path) -> None:
     assert any(2 in counts and counts != (2, 2) for counts in per_step), per_step
 
 
+@pytest.mark.capability("DDP, ZeRO-2, ZeRO-3", "yes")
 @pytest.mark.parametrize("deepspeed", [None, "zero2", "zero3"])
 @pytest.mark.xdist_group("distributed")
 def test_two_processes_give_the_curve_of_one(

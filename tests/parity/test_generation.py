@@ -72,6 +72,7 @@ def with_cache(model: PrunedModel, inputs: dict[str, Any], count: int) -> tuple[
     return out.sequences[0, -count:], torch.cat(out.logits)
 
 
+@pytest.mark.capability("generation", "yes")
 @pytest.mark.parametrize("name", ["two", "image", "text", "both"])
 @pytest.mark.parametrize("rate", RATES)
 def test_greedy_answers_are_those_of_full_forwards(

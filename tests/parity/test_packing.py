@@ -16,6 +16,7 @@ from tests.runs import arguments, recipe_of
 ALL = ("two", "image", "text", "still", "both")
 
 
+@pytest.mark.capability("packed batch", "yes")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("rate", [0.0, 0.75])
 def test_a_row_is_the_same_alone_and_packed(attention_rig: Rig, rate: float, attention: str) -> None:
@@ -68,6 +69,7 @@ def test_flash_attention_is_told_the_borders_and_given_no_mask(attention_rig: Ri
         assert told.tolist() == [sum(batch["plan"].num_tokens[:row]) for row in range(len(names) + 1)]
 
 
+@pytest.mark.capability("packed batch", "refused")
 def test_a_recurrent_family_refuses_to_pack(
     recurrent_family: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ MIXED = ("two", "image", "text")
 ALL = ("two", "image", "text", "still", "both")
 
 
+@pytest.mark.capability("dropping a token", "is masking it")
 @pytest.mark.parametrize("rate", RATES)
 def test_dropping_equals_masking(attention_rig: Rig, rate: float) -> None:
     rig = attention_rig
@@ -71,7 +72,17 @@ def test_text_separators_and_images_all_stay(rig: Rig) -> None:
         assert torch.equal(after[after != placeholder], before[before != placeholder])
 
 
-@pytest.mark.parametrize("names", [ALL, ("two",), ("text",), ("still", "image"), ("both", "two")], ids="+".join)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("two",), marks=pytest.mark.capability("several videos", "yes")),
+        pytest.param(("both",), marks=pytest.mark.capability("images beside video", "yes")),
+        ALL,
+        ("text",),
+        ("still", "image"),
+    ],
+    ids="+".join,
+)
 @pytest.mark.parametrize("rate", [0.0, *RATES])
 def test_supervised_tokens_never_change(rig: Rig, names: tuple[str, ...], rate: float) -> None:
     batch = rig.batch(names, rate)
@@ -96,6 +107,7 @@ def test_a_single_unit_is_never_pruned(rig: Rig) -> None:
     assert plan.video_tokens_after == plan.video_tokens_before > 0
 
 
+@pytest.mark.capability("padded batch", "yes")
 @pytest.mark.parametrize("rate", [0.0, 0.75])
 def test_a_row_is_the_same_alone_and_in_a_padded_batch(rig: Rig, rate: float) -> None:
     together, _ = rig.forward(rig.batch(ALL, rate))

@@ -58,6 +58,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.capability("rate 0 is the plain model", "bit for bit")
 @pytest.mark.parametrize("names", BATCHES, ids="+".join)
 @pytest.mark.parametrize("encoder_trains", [False, True])
 def test_rate_zero_equals_the_plain_forward(rig: Rig, names: tuple[str, ...], encoder_trains: bool) -> None:
