@@ -26,7 +26,7 @@ def commands(text: str) -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-def test_laptop_commands_train_prune_and_export(tmp_path: Path) -> None:
+def test_laptop_commands_train_prune_export_and_answer(tmp_path: Path) -> None:
     section = README.split("## The real recipe on a laptop\n")[1].split("\n## ")[0]
     lines = commands(section)
     assert len(lines) == 3
@@ -47,6 +47,18 @@ def test_laptop_commands_train_prune_and_export(tmp_path: Path) -> None:
     assert [log["step"] for log in logs] == [1, 2, 3, 4]
     assert all(math.isfinite(log["loss"]) for log in logs)
     assert all(log["evs/video_tokens_after"] < log["evs/video_tokens_before"] for log in logs)
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    answers = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert answers.returncode == 0, answers.stderr[-4000:]
+    assert re.findall(r"^(0\.\d+) ", answers.stdout, flags=re.MULTILINE) == ["0.0", "0.5", "0.75"]
     config = json.loads((tmp_path / "runs/laptop/export/config.json").read_text())
     assert config["video_pruning_rate"] == 0.7
     assert config["model_type"] == "nemotron_h_omni"
