@@ -58,7 +58,8 @@ def mixed_rows(world: Path, shared_tmp: Path) -> Path:
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             clips = world.parent / "clips"
-            write_one_frame(path.parent / "still.mp4")
+            write_noise(path.parent / "still.mp4", num_frames=1)
+            write_noise(path.parent / "wide.mp4", num_frames=18, width=96)
             pixels = np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path.parent / "photo.png")
             a, b = str(clips / "000000.mp4"), str(clips / "000001.mp4")
@@ -73,7 +74,7 @@ def _mixed(a: str, b: str) -> list[dict[str, object]]:
         return {"id": name, "conversations": talk, **media}
 
     return [
-        row("two", "<video>\nand\n<video>\nWhat moves?", "A red circle moves left.", "Where?", "Left.", video=[a, b]),
+        row("two", "<video>\nand\n<video>\nWhat moves?", "A red circle.", "Where?", "Left.", video=[a, "wide.mp4"]),
         row("image", "<image>\nDescribe the picture.", "Noise.", image="photo.png"),
         row("text", "What is one plus one?", "Two."),
         row("still", "<video>\nDescribe the clip.", "A square.", video="still.mp4"),
@@ -81,14 +82,18 @@ def _mixed(a: str, b: str) -> list[dict[str, object]]:
     ]
 
 
-def write_one_frame(path: Path) -> None:
+def write_noise(path: Path, num_frames: int, width: int = 64) -> None:
+    """A clip of 8 frames a second in which every frame differs from the one before in its lower half only."""
     import av
 
+    rng = np.random.default_rng(1)
+    picture = rng.integers(0, 255, (64, width, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        picture = np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        stream.width, stream.height, stream.pix_fmt = width, 64, "yuv420p"
+        for _ in range(num_frames):
+            picture[32:] = rng.integers(0, 255, (32, width, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
 
 

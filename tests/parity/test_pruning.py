@@ -24,6 +24,7 @@ ALL = ("two", "image", "text", "still", "both")
 def test_dropping_equals_masking(attention_rig: Rig, rate: float) -> None:
     rig = attention_rig
     batch = rig.batch(MIXED, rate)
+    assert len({planned.item.num_units for planned in batch["plan"].videos}) == 2
     kept = kept_positions(rig, batch)
     dropped, hook = rig.forward(batch)
 
