@@ -33,6 +33,8 @@ class Family(ABC):
         unused: module-name prefixes that are always frozen: video never runs them, or checkpoints do not store them.
         lora_targets: default names of the linear layers that get adapters.
         shares_encoder: images and videos run through the same modules, so either one gives all of them a gradient.
+        hybrid: some layers are recurrent. A pruned token is then gone from what they read, which masking it in
+            attention would not do.
     """
 
     model_type: ClassVar[str]
@@ -40,6 +42,7 @@ class Family(ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]]
     shares_encoder: ClassVar[bool]
+    hybrid: ClassVar[bool] = False
 
     def __init__(
         self, config: Any, processor: Any, video_kwargs: Mapping[str, Any] = {}, image_kwargs: Mapping[str, Any] = {}

@@ -46,6 +46,7 @@ class NemotronHOmni(Family):
         "down_proj",
     )
     shares_encoder: ClassVar[bool] = False
+    hybrid: ClassVar[bool] = True
 
     def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
         processor = self.processor
