@@ -12,14 +12,10 @@ Engines score the pooled embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from collections.abc import Mapping
+from typing import ClassVar
 
 from evs_train.config import Part
-from evs_train.data.chat import Kind
-from evs_train.models.base import Features
 from evs_train.models.qwen_vl import QwenVL
 
 
@@ -35,7 +31,3 @@ class Qwen25VL(QwenVL):
     lora_targets: ClassVar[tuple[str, ...]] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-
-    def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
-        pooled = {kind: tuple(item[0] for of, item in features if of == kind) for kind in ("image", "video")}
-        return {kind: BaseModelOutputWithPooling(pooler_output=embeds) for kind, embeds in pooled.items() if embeds}
