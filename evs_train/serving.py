@@ -58,6 +58,16 @@ _QWEN3_VL = {
     "SGLang": _SGLANG_DENSE,
     "TensorRT-LLM": _TENSORRT_DENSE,
 }
+_GLM = {
+    "vLLM": ServingLine(
+        engine="vLLM",
+        command="vllm serve $checkpoint",
+        reads="unsupported",
+        note="Serves dense: its GLM-4V classes do not support multimodal pruning.",
+    ),
+    "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of GLM-4V was found in its sources."),
+    "TensorRT-LLM": _TENSORRT_DENSE,
+}
 # In `command`, $checkpoint and $rate are replaced.
 ENGINES: dict[str, dict[str, ServingLine]] = {
     "qwen3_vl": _QWEN3_VL,
@@ -75,6 +85,21 @@ ENGINES: dict[str, dict[str, ServingLine]] = {
         "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of Qwen2.5-VL was found in its sources."),
         "TensorRT-LLM": _TENSORRT_DENSE,
     },
+    "qwen3_5": {
+        "vLLM": ServingLine(
+            engine="vLLM",
+            command="vllm serve $checkpoint --video-pruning-rate $rate",
+            reads="flag",
+            note=(
+                f"{_VLLM_NOTE} Use a version with pull request 48912; before it pruning was switched off for Qwen3.5."
+                " Version 0.27.1 is reported to crash (issue 54170)."
+            ),
+        ),
+        "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of Qwen3.5 was found in its sources."),
+        "TensorRT-LLM": _TENSORRT_DENSE,
+    },
+    "glm4v": _GLM,
+    "glm46v": _GLM,
     "nemotron_h_omni": {
         "vLLM": ServingLine(
             engine="vLLM",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evs_train.collate import BatchPlan
 from evs_train.config import OptimSection
@@ -118,6 +118,22 @@ class Tally:
         return collected
 
 
+class _AttachHook(TrainerCallback):
+    """Hooks the model after DeepSpeed has, when training begins.
+
+    DeepSpeed's hook turns on the gathering of weights that a module reads of another one, as GLM's vision tower does
+    (ZeRO-3). The tower runs in our hook, so that one must come later.
+    """
+
+    def __init__(self, hook: EvsHook) -> None:
+        self.hook = hook
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.hook.attach(model)
+
+
 class UptrainTrainer(Trainer):
     """Trainer of a model whose batches are pruned by `hook`. See the module's docstring for what differs."""
 
@@ -133,7 +149,7 @@ class UptrainTrainer(Trainer):
         self.seconds = 0.0
         self._last_log = 0.0  # 0: the clock starts with the first batch, not with loading
         hook.autocast = self.accelerator.autocast
-        hook.attach(self.model)
+        self.add_callback(_AttachHook(hook))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)

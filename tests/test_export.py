@@ -226,6 +226,20 @@ def test_tensors_that_the_architecture_does_not_load_are_passed_on(
     AutoModelForImageTextToText.from_pretrained(export.path)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_draft_head_is_the_base_s_own(
+    method: str, finished: Callable[..., tuple[Path, Any]], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """Qwen3.5's `mtp.*` tensors: transformers loads none, the run saves none, the export has them all."""
+    output, _ = finished("qwen3_5", method)
+    base = load_file(tiny_checkpoint("qwen3_5") / "model.safetensors")
+    after = load_file(export_run(output).path / "model.safetensors")
+    head = {name for name in base if name.startswith("mtp.")}
+    assert head
+    assert not head & tensor_names(output / "final").keys()
+    assert all(torch.equal(base[name], after[name]) for name in head)
+
+
 def test_the_base_s_files_dtypes_and_repeated_tensors_are_kept(
     finished: Callable[..., tuple[Path, Any]], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Glm4vForConditionalGeneration,
+    Glm46VForConditionalGeneration,
+    PreTrainedModel,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.video_utils import VideoMetadata
 
 
@@ -39,9 +46,45 @@ def test_qwen3_vl_refuses_one_frame(tiny_checkpoint: Callable[[str], Path]) -> N
         processor(text=["<|video_pad|>"], videos=[frame], video_metadata=[metadata], do_sample_frames=False)
 
 
-def test_qwen3_vl_says_it_takes_no_token_count() -> None:
-    """Its forward does pass `num_items_in_batch` on to the loss; the trainer overrides the flag (trainer.py)."""
-    assert Qwen3VLForConditionalGeneration.accepts_loss_kwargs is False
+@pytest.mark.parametrize("family", ["glm4v", "glm46v"])
+def test_glm_has_no_forward_for_images_beside_videos(family: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Each kind's features must fill the places of both: we hand over one sequence (glm4v.py)."""
+    path = tiny_checkpoint(family)
+    model, processor = AutoModelForImageTextToText.from_pretrained(path), AutoProcessor.from_pretrained(path)
+    batch = processor(
+        text=["<|begin_of_image|><|image|><|end_of_image|><|begin_of_video|><|video|><|end_of_video|>"],
+        images=[np.zeros((64, 64, 3), dtype=np.uint8)],
+        videos=[np.zeros((4, 64, 64, 3), dtype=np.uint8)],
+        video_metadata=[VideoMetadata(total_num_frames=4, fps=2.0, frames_indices=[0, 1, 2, 3])],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("family", ["glm4v", "glm46v"])
+def test_glm_refuses_one_frame(family: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    """We show a single frame for one whole unit (qwen_vl.py)."""
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint(family))
+    frame = np.zeros((1, 64, 64, 3), dtype=np.uint8)
+    metadata = VideoMetadata(total_num_frames=1, fps=8.0, frames_indices=[0])
+    with pytest.raises(ValueError, match="temporal_factor"):
+        processor(text=["<|video|>"], videos=[frame], video_metadata=[metadata], do_sample_frames=False)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Qwen3VLForConditionalGeneration,
+        Qwen3_5ForConditionalGeneration,
+        Glm4vForConditionalGeneration,
+        Glm46VForConditionalGeneration,
+    ],
+)
+def test_models_say_they_take_no_token_count(model: type[PreTrainedModel]) -> None:
+    """Their forward does pass `num_items_in_batch` on to the loss; the trainer overrides the flag (trainer.py)."""
+    assert model.accepts_loss_kwargs is False
 
 
 def test_qwen3_vl_moe_saves_its_experts_the_other_way_round(

@@ -12,16 +12,14 @@ Engines score the pooled embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part, Positions
-from evs_train.data.chat import Kind, Prepared
-from evs_train.models.base import Features
+from evs_train.data.chat import Prepared
 from evs_train.models.qwen_vl import QwenVL
 
 
@@ -37,7 +35,6 @@ class Qwen25VL(QwenVL):
     lora_targets: ClassVar[tuple[str, ...]] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-
     position_rules: ClassVar[tuple[Positions, ...]] = ("preserve", "engine")
 
     def position_ids(self, prepared: Prepared) -> Tensor:
@@ -47,7 +44,3 @@ class Qwen25VL(QwenVL):
             for item, span in zip(prepared.items, places, strict=True):
                 positions[:, span[-1] + 1 :] -= max(item.height - item.width, 0)
         return positions
-
-    def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
-        pooled = {kind: tuple(item[0] for of, item in features if of == kind) for kind in ("image", "video")}
-        return {kind: BaseModelOutputWithPooling(pooler_output=embeds) for kind, embeds in pooled.items() if embeds}

@@ -1,7 +1,9 @@
-"""What the Qwen VL families share: one processor call per sample, m-RoPE positions, flat patches with their grids.
+"""What the Qwen and GLM families share: one processor call per sample, m-RoPE positions, flat patches with their grids.
 
 Positions are computed with the model's own `get_rope_index` on the unpruned ids, on the host; kept tokens keep theirs,
-and text after a video keeps its place. A family adds what its encoder returns and what the engines score.
+and text after a video keeps its place. Which tokens are a video's and which an image's is told by their order, not by
+their ids: GLM has one id for both. A family adds what its encoder returns, if that is more than pooled embeddings, and
+what the engines score.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Positions
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
@@ -24,10 +27,11 @@ from evs_train.models.base import Family, Features, frames_tensor, reading_order
 
 POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", *POSITION_INPUTS)
+TOKEN_TYPES: dict[Kind, int] = {"image": 1, "video": 2}  # `mm_token_type_ids` of transformers; 0 is text
 
 
 class QwenVL(Family):
-    """Base of the Qwen VL adapters."""
+    """Base of the Qwen VL and GLM-V adapters."""
 
     shares_encoder: ClassVar[bool] = True
 
@@ -93,12 +97,11 @@ class QwenVL(Family):
         return [MediaItem(kind, t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
 
     def position_ids(self, prepared: Prepared) -> Tensor:
-        ids = prepared.input_ids[None]
-        kinds = torch.zeros_like(ids)
-        kinds[ids == self.config.image_token_id] = 1
-        kinds[ids == self.config.video_token_id] = 2
+        types = torch.zeros_like(prepared.input_ids)
+        of_items = [torch.full((item.num_tokens,), TOKEN_TYPES[item.kind]) for item in prepared.items]
+        types[prepared.media_mask] = torch.cat([types[:0], *of_items])
         inputs = {name: prepared.media[name] for name in POSITION_INPUTS if name in prepared.media}
-        positions: Tensor = self._positions_of(ids, kinds, **inputs)[0]
+        positions: Tensor = self._positions_of(prepared.input_ids[None], types[None], **inputs)[0]
         return positions[:, 0]  # (3, 1, L) -> (3, L)
 
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
@@ -122,3 +125,7 @@ class QwenVL(Family):
         if kind == "video":
             return {"pixel_values_videos": pixels, "video_grid_thw": grid}
         return {"pixel_values": pixels, "image_grid_thw": grid}
+
+    def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
+        pooled = {kind: tuple(item[0] for of, item in features if of == kind) for kind in TOKEN_TYPES}
+        return {kind: BaseModelOutputWithPooling(pooler_output=embeds) for kind, embeds in pooled.items() if embeds}

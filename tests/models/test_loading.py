@@ -44,6 +44,22 @@ MODULES: dict[str, dict[Part, list[str]]] = {
         "projector": ["model.visual.merger"],
         "language_model": ["model.language_model", "lm_head"],
     },
+    "qwen3_5": {
+        "vision": ["model.visual.patch_embed", "model.visual.pos_embed", "model.visual.blocks"],
+        "projector": ["model.visual.merger"],
+        "language_model": ["model.language_model", "lm_head"],
+    },
+    "glm4v": {
+        "vision": [
+            "model.visual.patch_embed",
+            "model.visual.post_conv_layernorm",
+            "model.visual.embeddings",
+            "model.visual.blocks",
+            "model.visual.post_layernorm",
+        ],
+        "projector": ["model.visual.downsample", "model.visual.merger"],
+        "language_model": ["model.language_model", "lm_head"],
+    },
     "nemotron_h_omni": {
         "vision": ["vision_model"],
         "projector": ["multi_modal_projector"],
@@ -51,6 +67,7 @@ MODULES: dict[str, dict[Part, list[str]]] = {
     },
 }
 MODULES["qwen3_vl_moe"] = MODULES["qwen3_vl"]
+MODULES["glm46v"] = MODULES["glm4v"]
 FREEZE_CHOICES = [list(parts) for size in range(len(PARTS)) for parts in itertools.combinations(PARTS, size)]
 LORA_TARGETS: dict[tuple[str, Part], str] = {
     ("qwen3_vl", "vision"): "linear_fc1",  # a name that the projector has, too
@@ -62,6 +79,15 @@ LORA_TARGETS: dict[tuple[str, Part], str] = {
     ("qwen2_5_vl", "vision"): "gate_proj",  # a name that the language model has, too
     ("qwen2_5_vl", "projector"): "0",  # of an nn.Sequential
     ("qwen2_5_vl", "language_model"): "q_proj",
+    ("qwen3_5", "vision"): "linear_fc1",
+    ("qwen3_5", "projector"): "linear_fc1",
+    ("qwen3_5", "language_model"): "in_proj_qkv",
+    ("glm4v", "vision"): "gate_proj",  # a name that the projector has, too
+    ("glm4v", "projector"): "gate_proj",
+    ("glm4v", "language_model"): "gate_up_proj",
+    ("glm46v", "vision"): "gate_proj",
+    ("glm46v", "projector"): "gate_proj",
+    ("glm46v", "language_model"): "gate_up_proj",
     ("nemotron_h_omni", "vision"): "q_proj",  # a name that the language model has, too
     ("nemotron_h_omni", "projector"): "linear_1",
     ("nemotron_h_omni", "language_model"): "q_proj",
@@ -286,7 +312,10 @@ def test_default_adapters(model: nn.Module, family: Family) -> None:
     [
         (LoraSection(targets=["q_prj"]), "no linear layer of language_model is called q_prj"),
         (LoraSection(targets=["q_proj", "k_prj"]), "no linear layer of language_model is called k_prj"),
-        (LoraSection(parts=["language_model", "projector"]), "no linear layer of projector is called q_proj, "),
+        (
+            LoraSection(parts=["language_model", "projector"], targets=["q_proj"]),
+            "no linear layer of projector is called q_proj",
+        ),
         (LoraSection(targets=["norm"]), "no linear layer of language_model is called norm"),
     ],
 )

@@ -35,6 +35,11 @@ def recurrent_family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def recurrent_rig(recurrent_family: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
+    return fresh(recurrent_family, tiny_checkpoint, mixed_rows)
+
+
+@pytest.fixture
 def nemotron(tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
     return fresh("nemotron_h_omni", tiny_checkpoint, mixed_rows)
 

@@ -17,7 +17,7 @@ from evs_train.data.chat import IGNORE_INDEX, Example
 from evs_train.data.manifest import read_rows
 from evs_train.data.video import FrameSampling
 from evs_train.models.loading import load_family, load_weights
-from evs_train.prune import EvsHook, compact
+from evs_train.prune import KINDS, EvsHook, compact
 from evs_train.samplers import build_sampler
 
 
@@ -118,6 +118,36 @@ def kept_positions(rig: Rig, batch: dict[str, Any]) -> Tensor:
             shaped = scored.view(planned.item.num_units, planned.item.tokens_per_unit, -1)
             kept[where[slow_retained(shaped, planned.pruning_rate)]] = True
     return kept.view_as(batch["input_ids"])
+
+
+def plain_forward_fails(rig: Rig, batch: dict[str, Any]) -> bool:
+    """GLM's forward fails for images beside videos (tests/test_upstream.py)."""
+    return rig.family.model_type.startswith("glm") and {"image_grid_thw", "video_grid_thw"} <= batch["media"].keys()
+
+
+def unpruned_embeds(rig: Rig, batch: dict[str, Any]) -> Tensor:
+    """(B, L, D) what the language model reads of the unpruned batch: embedded ids, media features in their places."""
+    ids, config, media = batch["input_ids"], rig.family.config, batch["media"]
+    embeds: Tensor = rig.model.get_input_embeddings()(ids)
+    encoded = {
+        kind: iter(rig.family.encode(rig.model, media, kind) if rig.family.num_encoder_calls(media, kind) else ())
+        for kind in KINDS
+    }
+    features = [next(encoded[planned.item.kind])[0] for planned in batch["plan"].items]
+    placeholders = [token for token in (config.image_token_id, config.video_token_id) if token is not None]
+    places = torch.isin(ids, torch.tensor(placeholders))
+    return embeds.masked_scatter(places.unsqueeze(-1), torch.cat(features)) if features else embeds
+
+
+def language_model_logits(rig: Rig, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Logits of the plain language model, which knows nothing of media. Nemotron's has its head, and no positions."""
+    inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask}
+    logits: Tensor
+    if position_ids is None:
+        logits = rig.model.language_model(**inputs).logits
+    else:
+        logits = rig.model.lm_head(rig.model.model.language_model(**inputs, position_ids=position_ids)[0])
+    return logits
 
 
 def supervised(labels: Tensor) -> list[list[int]]:

@@ -12,7 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evs_train.evs import select_tokens
 from evs_train.prune import EvsHook, compact
-from tests.parity.rig import Rig, attention_mask, captured_inputs, kept_positions, supervised
+from tests.parity.rig import (
+    Rig,
+    attention_mask,
+    captured_inputs,
+    kept_positions,
+    language_model_logits,
+    plain_forward_fails,
+    supervised,
+    unpruned_embeds,
+)
 
 RATES = (0.3, 0.75, 0.9)
 MIXED = ("two", "image", "text")
@@ -29,17 +38,44 @@ def test_dropping_equals_masking(attention_rig: Rig, rate: float) -> None:
     dropped, hook = rig.forward(batch)
 
     ids = batch["input_ids"]
-    masked = rig.model(
-        input_ids=ids,
-        attention_mask=attention_mask(batch) * kept,
-        position_ids=batch["position_ids"],
-        **batch["media"],
-    )
+    inputs = {"attention_mask": attention_mask(batch) * kept, "position_ids": batch["position_ids"]}
+    if plain_forward_fails(rig, batch):
+        masked = language_model_logits(rig, unpruned_embeds(rig, batch), **inputs)
+    else:
+        masked = rig.model(input_ids=ids, **inputs, **batch["media"]).logits
     assert not torch.equal(kept, attention_mask(batch).bool()), "nothing was pruned: the test would prove nothing"
     for row in range(len(ids)):
         length = batch["plan"].num_tokens[row]
-        torch.testing.assert_close(dropped.logits[row, :length], masked.logits[row, kept[row]], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(dropped.logits[row, :length], masked[row, kept[row]], rtol=1e-4, atol=2e-5)
     assert hook.labels.shape[1] < ids.shape[1]
+
+
+@pytest.mark.capability("dropping a token", "leaves a shorter sequence")
+@pytest.mark.parametrize("rate", RATES)
+def test_a_hybrid_sees_the_kept_tokens_as_its_whole_sequence(recurrent_rig: Rig, rate: float) -> None:
+    """The plain language model on the embeddings of the kept tokens alone, each row by itself and without padding."""
+    rig = recurrent_rig
+    batch = rig.batch(ALL, rate)
+    kept, embeds = kept_positions(rig, batch), unpruned_embeds(rig, batch)
+    assert not torch.equal(kept, attention_mask(batch).bool()), "nothing was pruned: the test would prove nothing"
+    pruned, _ = rig.forward(batch)
+    for row, length in enumerate(batch["plan"].num_tokens):
+        positions = batch["position_ids"][:, row : row + 1, kept[row]] if "position_ids" in batch else None
+        alone = language_model_logits(
+            rig, embeds[row : row + 1, kept[row]], torch.ones(1, length, dtype=torch.int64), positions
+        )
+        torch.testing.assert_close(pruned.logits[row, :length], alone[0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_a_hybrid_that_only_masks_sees_more(recurrent_rig: Rig, rate: float) -> None:
+    """Why hybrids have a reference of their own: their recurrent layers read a masked token's place as a step."""
+    rig = recurrent_rig
+    batch = rig.batch(("two",), rate)
+    kept, embeds = kept_positions(rig, batch), unpruned_embeds(rig, batch)
+    masked = language_model_logits(rig, embeds, kept.long(), batch.get("position_ids"))
+    dropped, _ = rig.forward(batch)
+    assert not torch.allclose(dropped.logits[0], masked[0, kept[0]], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("rate", RATES)

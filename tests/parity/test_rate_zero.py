@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tests.parity.rig import Rig, attention_mask
+from tests.parity.rig import Rig, attention_mask, language_model_logits, plain_forward_fails, unpruned_embeds
 
 BATCHES = [("two", "image", "text", "still", "both"), ("two",), ("still", "text"), ("image",), ("text",)]
 
@@ -50,10 +51,29 @@ def plain_nemotron(rig: Rig, batch: dict[str, Any]) -> Any:
     return out
 
 
+def plain_glm(rig: Rig, batch: dict[str, Any]) -> Any:
+    """The forward of transformers; for images beside videos, where it fails, its language model on the embeddings."""
+    ids, media = batch["input_ids"], batch["media"]
+    kinds = torch.tensor(rig.family.processor.create_mm_token_type_ids(ids.tolist()))
+    mask = attention_mask(batch)
+    if not plain_forward_fails(rig, batch):
+        return rig.model(input_ids=ids, labels=batch["labels"], attention_mask=mask, mm_token_type_ids=kinds, **media)
+    grids = {name: grid for name, grid in media.items() if name.endswith("grid_thw")}
+    positions, _ = rig.model.model.get_rope_index(ids, mm_token_type_ids=kinds, attention_mask=mask, **grids)
+    logits = language_model_logits(rig, unpruned_embeds(rig, batch), mask, positions)
+    loss = rig.model.loss_function(
+        logits=logits, labels=batch["labels"], vocab_size=rig.family.config.text_config.vocab_size
+    )
+    return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
 PLAIN = {
     "qwen3_vl": plain_qwen,
     "qwen3_vl_moe": plain_qwen,
     "qwen2_5_vl": plain_qwen,
+    "qwen3_5": plain_qwen,
+    "glm4v": plain_glm,
+    "glm46v": plain_glm,
     "nemotron_h_omni": plain_nemotron,
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
@@ -46,12 +47,23 @@ QWEN25_TEXT: dict[str, Any] = {name: value for name, value in TEXT.items() if na
     "num_hidden_layers": 3,
     "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default", "mrope_section": [4, 6, 6]},
 }
+# No square matrices: heads are wider than the model, and values than keys.
+QWEN35_TEXT: dict[str, Any] = TEXT | {
+    "head_dim": 64, "num_key_value_heads": 1,
+    "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_num_value_heads": 4, "linear_value_head_dim": 24,
+    "rope_parameters": {
+        "rope_theta": 1000000.0, "rope_type": "default", "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2], "mrope_interleaved": True,
+    },
+}
 VISION: dict[str, Any] = {
     "depth": 3, "hidden_size": VISION_HIDDEN_SIZE, "intermediate_size": 2 * VISION_HIDDEN_SIZE, "num_heads": 4,
     "patch_size": PATCH_SIZE, "spatial_merge_size": MERGE_SIZE, "temporal_patch_size": TEMPORAL_PATCH_SIZE,
     "out_hidden_size": HIDDEN_SIZE,
 }
 QWEN3_VISION: dict[str, Any] = VISION | {"num_position_embeddings": 12 * 12, "deepstack_visual_indexes": [0, 1]}
+QWEN35_VISION: dict[str, Any] = VISION | {"num_position_embeddings": 12 * 12}
 # Windows of 2 x 2 tokens; the last layer sees whole units.
 QWEN25_VISION: dict[str, Any] = VISION | {
     "window_size": 2 * MERGE_SIZE * PATCH_SIZE, "fullatt_block_indexes": [2], "tokens_per_second": 2,
@@ -66,9 +78,9 @@ EDGES = {"shortest_edge": MIN_TOKENS * TOKEN_PIXELS, "longest_edge": MAX_TOKENS 
 Tiny = tuple[hf.ProcessorMixin, hf.PreTrainedModel]
 
 
-def _tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerBase:
+def _tokenizer(texts: Iterable[str], kind: type = hf.Qwen2Tokenizer) -> hf.PreTrainedTokenizerBase:
     bpe = json.loads(train_bpe(texts, []).to_str())["model"]
-    tokenizer: hf.PreTrainedTokenizerBase = hf.Qwen2Tokenizer(
+    tokenizer: hf.PreTrainedTokenizerBase = kind(
         vocab=bpe["vocab"],
         merges=[tuple(pair) for pair in bpe["merges"]],
         **QWEN_TOKENIZER,
@@ -76,10 +88,10 @@ def _tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _qwen3_processor(texts: Iterable[str]) -> hf.ProcessorMixin:
+def _qwen3_processor(texts: Iterable[str], tokenizer: type = hf.Qwen2Tokenizer) -> hf.ProcessorMixin:
     return hf.Qwen3VLProcessor(
         image_processor=hf.Qwen2VLImageProcessor(size=EDGES, **PIXELS),
-        tokenizer=_tokenizer(texts),
+        tokenizer=_tokenizer(texts, tokenizer),
         # A video's "edges" are pixels of the whole clip. The cap bounds each frame however many there are; from 128
         # frames on the clip's budget takes over and thins a frame to about MIN_TOKENS.
         video_processor=hf.Qwen3VLVideoProcessor(
@@ -165,3 +177,26 @@ def qwen2_5_vl(texts: Iterable[str]) -> Tiny:
         **_special_ids(tokenizer),
     )
     return processor, hf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_5(texts: Iterable[str]) -> Tiny:
+    """Qwen3.5: gated DeltaNet layers round one of gated attention, no deepstack."""
+    processor = _qwen3_processor(texts, hf.Qwen3_5Tokenizer)
+    config = hf.Qwen3_5Config(
+        text_config=QWEN35_TEXT | vocabulary(processor.tokenizer, bos="<|endoftext|>"),
+        vision_config=dict(QWEN35_VISION),
+        **_special_ids(processor.tokenizer),
+    )
+    return processor, hf.Qwen3_5ForConditionalGeneration(config)
+
+
+def add_draft_head(directory: Path) -> None:
+    """Add some tensors of the released Qwen3.5's draft head, which transformers neither loads nor saves."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    dtype = tensors["model.language_model.norm.weight"].dtype
+    values = torch.arange(2 * HIDDEN_SIZE**2, dtype=dtype).view(HIDDEN_SIZE, 2 * HIDDEN_SIZE) / HIDDEN_SIZE**2
+    tensors["mtp.fc.weight"] = values
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "layers.0.input_layernorm", "norm"):
+        tensors[f"mtp.{name}.weight"] = values[0, :HIDDEN_SIZE].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
