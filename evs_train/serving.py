@@ -65,8 +65,8 @@ _QWEN3_VL = {
     "vLLM": replace(
         _VLLM,
         note=(
-            f"{_VLLM_NOTE} Use a version with pull request 33607, before which the prompt and the tokens disagreed, and"
-            " without the fault of issue 44200."
+            f"{_VLLM_NOTE} Use a version with pull requests 33607 and 44205: before them the prompt and the tokens"
+            " disagreed, or any pruned video failed."
         ),
     ),
     "SGLang": replace(
