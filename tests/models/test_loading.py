@@ -164,7 +164,7 @@ def test_a_processor_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_sice": 8}, r"\.patch_sice: \w+Processor\w* has no such option; did you mean patch_size\?"),
+        ({"do_resise": True}, r"\.do_resise: \w+Processor\w* has no such option; did you mean do_resize\?"),
         ({"foo": 1}, r"\.foo: \w+Processor\w* has no such option$"),
         ({"do_resize": "yes"}, r": \w+Processor\w* does not take \{'do_resize': 'yes'\}: .*do_resize"),
         ({"size": {"foo": 3}}, r": \w+Processor\w* does not take \{'size': \{'foo': 3\}\}: size must have"),
