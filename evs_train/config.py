@@ -22,7 +22,7 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 # Arguments of processors and templates that must stay ours: frames sampled twice would get wrong timestamps, silently.
-_OWN_KWARGS = (
+OWN_KWARGS = (
     "do_sample_frames", "video_metadata", "fps", "num_frames", "return_tensors", "tokenize", "add_generation_prompt",
 )  # fmt: skip
 
@@ -84,7 +84,7 @@ class DataSection(Section):
     @field_validator("video_kwargs", "image_kwargs", "template_kwargs")
     @classmethod
     def _leaves_ours_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
-        taken = [key for key in value if key in _OWN_KWARGS]
+        taken = [key for key in value if key in OWN_KWARGS]
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be set: evs_train passes it (frames are chosen by data.fps)")
         return value

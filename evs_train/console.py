@@ -13,6 +13,7 @@ from evs_train.collate import BatchPlan
 from evs_train.config import Recipe
 from evs_train.export import Export
 from evs_train.models.loading import PartSize
+from evs_train.serving import caveat
 from evs_train.uptrain import Run, Summary
 
 _PLANNED_BATCHES = 2
@@ -75,7 +76,7 @@ def show_summary(recipe: Recipe, summary: Summary, export: Export | None, consol
         table.add_row("exported", str(export.path))
     console.print(table)
     if export is not None:
-        console.print("Serve it:")
+        console.print(f"Serve it: {caveat(export.serving)}", markup=False, highlight=False, soft_wrap=True)
         for line in export.serving:
             console.print(f"\n# {line.engine} (reads: {line.reads}) {line.note}", markup=False, highlight=False)
             console.print(line.command, markup=False, highlight=False, soft_wrap=True)

@@ -31,7 +31,7 @@ from evs_train.config import ModelSection, Recipe
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models.loading import load_config, load_weights
 from evs_train.recipe import parse_recipe
-from evs_train.serving import ServingLine, launch_lines
+from evs_train.serving import ServingLine, caveat, launch_lines
 
 RECORD = "evs_train_record.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
@@ -199,6 +199,7 @@ def _copy_files(base: Path, staging: Path) -> None:
 def _model_card(recipe: Recipe, record: dict[str, Any], rate: float, serving: list[ServingLine]) -> str:
     rates = record["pruning_rates"]
     commands = "\n\n".join(f"# {line.engine} (reads: {line.reads}). {line.note}\n{line.command}" for line in serving)
+    warning = f"**{caveat(serving)}**\n\n" if caveat(serving) else ""
     return f"""---
 base_model: {recipe.model.path}
 library_name: transformers
@@ -223,7 +224,7 @@ The whole record is in `{RECORD}`. No accuracy is claimed here: measure it at th
 
 ## Serving
 
-```
+{warning}```
 {commands}
 ```
 """

@@ -9,6 +9,7 @@ Cost: none. What it does NOT do: start an engine, look at the checkpoint, or cho
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import Template
 from typing import Literal
@@ -36,6 +37,18 @@ class ServingLine:
 
 
 _VLLM_NOTE = "vLLM does not read video_pruning_rate from config.json: without the flag it serves dense."
+_VLLM = ServingLine(
+    engine="vLLM",
+    command="vllm serve $checkpoint --video-pruning-rate $rate",
+    reads="flag",
+    note=_VLLM_NOTE,
+)
+_VLLM_DENSE = ServingLine(
+    engine="vLLM",
+    command="vllm serve $checkpoint",
+    reads="unsupported",
+    note="Serves dense: its class for this family cannot prune, and ignores --video-pruning-rate without an error.",
+)
 _TENSORRT_DENSE = ServingLine(
     engine="TensorRT-LLM",
     command="trtllm-serve $checkpoint",
@@ -46,67 +59,67 @@ _SGLANG_DENSE = ServingLine(
     engine="SGLang",
     command="python -m sglang.launch_server --model-path $checkpoint",
     reads="unsupported",
-    note="Serves dense: pull request 20857, which adds the rate for Qwen3-VL, was closed without being merged.",
+    note="Serves dense: its EVS is implemented for Nemotron multimodal models only.",
 )
 _QWEN3_VL = {
-    "vLLM": ServingLine(
-        engine="vLLM",
-        command="vllm serve $checkpoint --video-pruning-rate $rate",
-        reads="flag",
-        note=f"{_VLLM_NOTE} Use a version with pull request 33607; before it the prompt and the tokens disagreed.",
+    "vLLM": replace(
+        _VLLM,
+        note=(
+            f"{_VLLM_NOTE} Use a version with pull requests 33607 and 44205: before them the prompt and the tokens"
+            " disagreed, or any pruned video failed."
+        ),
     ),
-    "SGLang": _SGLANG_DENSE,
+    "SGLang": replace(
+        _SGLANG_DENSE,
+        note="Serves dense: pull request 20857, which adds the rate for Qwen3-VL, was closed without being merged.",
+    ),
     "TensorRT-LLM": _TENSORRT_DENSE,
 }
-_GLM = {
-    "vLLM": ServingLine(
-        engine="vLLM",
-        command="vllm serve $checkpoint",
-        reads="unsupported",
-        note="Serves dense: its GLM-4V classes do not support multimodal pruning.",
-    ),
-    "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of GLM-4V was found in its sources."),
-    "TensorRT-LLM": _TENSORRT_DENSE,
+_UNLOADED = "Whether it loads this architecture at all was not checked."
+_NOWHERE = {
+    "vLLM": _VLLM_DENSE,
+    "SGLang": replace(_SGLANG_DENSE, note=f"{_SGLANG_DENSE.note} {_UNLOADED}"),
+    "TensorRT-LLM": replace(_TENSORRT_DENSE, note=f"{_TENSORRT_DENSE.note} {_UNLOADED}"),
+}
+_NO_CLASS = _NOWHERE | {
+    "vLLM": replace(
+        _VLLM_DENSE,
+        note="Serves dense, if at all: only its Transformers backend, which cannot prune, knows this architecture.",
+    )
 }
 # In `command`, $checkpoint and $rate are replaced.
 ENGINES: dict[str, dict[str, ServingLine]] = {
     "qwen3_vl": _QWEN3_VL,
     "qwen3_vl_moe": _QWEN3_VL,
     "qwen2_5_vl": {
-        "vLLM": ServingLine(
-            engine="vLLM",
-            command="vllm serve $checkpoint --video-pruning-rate $rate",
-            reads="flag",
+        "vLLM": replace(
+            _VLLM,
             note=(
                 f"{_VLLM_NOTE} Use a version with pull request 47736: before it every video counts as sampled at 24"
                 " frames per second. See docs/serving.md on positions."
             ),
         ),
-        "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of Qwen2.5-VL was found in its sources."),
+        "SGLang": _SGLANG_DENSE,
         "TensorRT-LLM": _TENSORRT_DENSE,
     },
     "qwen3_5": {
-        "vLLM": ServingLine(
-            engine="vLLM",
-            command="vllm serve $checkpoint --video-pruning-rate $rate",
-            reads="flag",
+        "vLLM": replace(
+            _VLLM,
             note=(
-                f"{_VLLM_NOTE} Use a version with pull request 48912; before it pruning was switched off for Qwen3.5."
-                " Version 0.27.1 is reported to crash (issue 54170)."
+                f"{_VLLM_NOTE} Use a version with pull request 48912, before which it serves dense, and without the"
+                " fault of issue 54170: 0.27.1 fails at the first video."
             ),
         ),
-        "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of Qwen3.5 was found in its sources."),
+        "SGLang": _SGLANG_DENSE,
         "TensorRT-LLM": _TENSORRT_DENSE,
     },
-    "glm4v": _GLM,
-    "glm46v": _GLM,
+    "glm4v": _NOWHERE,
+    "glm46v": _NO_CLASS,
+    "llava_onevision": _NOWHERE,
+    "video_llama_3": _NO_CLASS,
+    "internvl": _NOWHERE,
     "nemotron_h_omni": {
-        "vLLM": ServingLine(
-            engine="vLLM",
-            command="vllm serve $checkpoint --trust-remote-code --video-pruning-rate $rate",
-            reads="flag",
-            note=_VLLM_NOTE,
-        ),
+        "vLLM": replace(_VLLM, command="vllm serve $checkpoint --trust-remote-code --video-pruning-rate $rate"),
         "SGLang": ServingLine(
             engine="SGLang",
             command=(
@@ -151,3 +164,13 @@ def launch_lines(family: str, checkpoint: str, pruning_rate: float) -> list[Serv
         for line in ENGINES[family].values()
     ]
     return sorted(lines, key=lambda line: line.reads == "unsupported")
+
+
+def caveat(lines: Sequence[ServingLine]) -> str:
+    """What must be said before launch lines of which none prunes; empty if one does."""
+    if any(line.reads != "unsupported" for line in lines):
+        return ""
+    return (
+        f"None of {', '.join(line.engine for line in lines)} prunes the video of this family today, as far as their"
+        " sources were read: they serve it dense. Only evs_train's own generation prunes it."
+    )

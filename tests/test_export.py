@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from evs_train.console import show_summary
 from evs_train.data.video import FrameSampling, read_video, video_metadata
 from evs_train.errors import ModelError, RecipeError
 from evs_train.export import RECORD, export_run, tensor_names
-from evs_train.uptrain import Run
+from evs_train.serving import ENGINES
+from evs_train.uptrain import Run, Summary
 from tests.runs import arguments, recipe_of
 
 LORA = {"tuning__method": "lora", "optim__lr": 1e-2}
@@ -134,6 +137,24 @@ def test_card_and_record_tell_how_it_was_made(finished: Callable[..., tuple[Path
     assert record["video_pruning_rate"] == 0.7
     assert {"recipe", "data_fingerprint", "pruning_rates", "versions"} <= record.keys()
     assert [line.engine for line in export.serving if line.reads == "config.json"] == ["SGLang"]
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_card_says_when_no_engine_prunes_the_family(
+    pruned: bool,
+    finished: Callable[..., tuple[Path, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if not pruned:
+        monkeypatch.setitem(ENGINES, "nemotron_h_omni", ENGINES["internvl"])
+    output, _ = finished("nemotron_h_omni", "lora")
+    export = export_run(output, out=tmp_path / "export")
+    card = (export.path / "README.md").read_text()
+    assert ("**None of vLLM, SGLang, TensorRT-LLM prunes" in card) == (not pruned)
+    show_summary(recipe_of(["recipe=nemotron"]), Summary(1, 2.0, 1.0, 0.5, 2, 1, 1.0, 1.0), export, Console())
+    assert ("Serve it: None of vLLM" in capsys.readouterr().out) == (not pruned)
 
 
 def test_an_older_export_is_replaced_and_nothing_else(

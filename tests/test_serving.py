@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evs_train.errors import ModelError, RecipeError
-from evs_train.serving import ENGINES, launch_lines
+from evs_train.serving import ENGINES, caveat, launch_lines
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "serving.md"
 
@@ -47,6 +47,26 @@ def test_unsupported_engines_come_last_and_say_that_they_serve_dense() -> None:
     lines = launch_lines("qwen3_vl", "org/model", 0.75)
     assert [line.reads for line in lines] == ["flag", "unsupported", "unsupported"]
     assert all("dense" in line.note for line in lines[1:])
+
+
+PRUNED_NOWHERE = {"glm4v", "glm46v", "llava_onevision", "video_llama_3", "internvl"}
+
+
+@pytest.mark.parametrize("family", ENGINES)
+def test_a_family_that_no_engine_prunes_is_said_to_be_one(family: str) -> None:
+    lines = launch_lines(family, "org/model", 0.75)
+    if family in PRUNED_NOWHERE:
+        assert {line.reads for line in lines} == {"unsupported"}
+        assert all(line.note.startswith("Serves dense") for line in lines)
+        assert caveat(lines).startswith("None of vLLM, SGLang, TensorRT-LLM prunes")
+    else:
+        assert lines[0].reads != "unsupported"
+        assert not caveat(lines)
+
+
+def test_vllm_prunes_qwen3_5_by_its_flag() -> None:
+    words = by_engine("qwen3_5")["vLLM"]
+    assert words[words.index("--video-pruning-rate") + 1] == "0.75"
 
 
 def test_whole_number_rate_and_tiny_rate_are_valid_numbers() -> None:

@@ -6,7 +6,8 @@ pruning is switched off while training, or its video would be pruned twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,19 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.video_utils import VideoMetadata
 
-from evs_train.config import PARTS, DataSection, LoraSection, ModelSection, OptimSection, Part, Positions, TuningSection
+from evs_train.config import (
+    OWN_KWARGS,
+    PARTS,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    OptimSection,
+    Part,
+    Positions,
+    TuningSection,
+)
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES
 from evs_train.models.base import Family
@@ -61,8 +73,9 @@ def load_family(model: ModelSection, data: DataSection, positions: Positions = "
     """The family's adapter with the checkpoint's processor; loads no weights.
 
     Raises:
-        ModelError: the checkpoint or its processor cannot be read, or its architecture is not supported.
-        RecipeError: the family has no such rule for positions.
+        ModelError: configuration or processor cannot be used, or the architecture is not supported.
+        RecipeError: the family has no such rule for positions, or the processor does not take an option of
+            `data.video_kwargs` or `data.image_kwargs`.
     """
     config = load_config(model.path, model.revision)
     rules = FAMILIES[config.model_type].position_rules
@@ -78,7 +91,33 @@ def load_family(model: ModelSection, data: DataSection, positions: Positions = "
         ) from error
     if processor.chat_template is None:
         raise ModelError(f"the processor of {model.path} has no chat template", "start from an instruction-tuned model")
+    blank = torch.zeros(8, 3, 224, 224, dtype=torch.uint8)
+    metadata = VideoMetadata(total_num_frames=8, fps=2.0, frames_indices=list(range(8)))
+    video = {"videos": [blank], "video_metadata": [metadata], "do_sample_frames": False}
+    _try_options("data.video_kwargs", data.video_kwargs, processor.video_processor, video)
+    _try_options("data.image_kwargs", data.image_kwargs, processor.image_processor, {"images": [blank[0]]})
     return FAMILIES[config.model_type](config, processor, data.video_kwargs, data.image_kwargs, positions)
+
+
+def _try_options(key: str, options: Mapping[str, Any], processor: Any, blank: Mapping[str, Any]) -> None:
+    """Run a blank video or image through `processor` with the recipe's `options`, if there are any.
+
+    It is known to work without them, so whatever is raised is theirs.
+    """
+    name = type(processor).__name__
+    known = sorted(set(processor.valid_kwargs.__annotations__) - set(OWN_KWARGS))
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            raise RecipeError(
+                f"{key}.{option}: {name} has no such option" + (f"; did you mean {near[0]}?" if near else ""),
+                f"its options are {', '.join(known)}",
+            )
+    if options:
+        try:
+            processor(**blank, **options, return_tensors="pt")
+        except Exception as error:
+            raise RecipeError(f"{key}: {name} does not take {dict(options)}: {_reason(error)}") from error
 
 
 def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:

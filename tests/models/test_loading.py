@@ -186,6 +186,38 @@ def test_a_processor_that_cannot_be_used(
         load_family(section(folder), DataSection(rows="unused.json"))
 
 
+@pytest.mark.parametrize("kind", ["video", "image"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_resise": True}, r"\.do_resise: \w+Processor\w* has no such option; did you mean do_resize\?"),
+        ({"foo": 1}, r"\.foo: \w+Processor\w* has no such option$"),
+        ({"do_resize": "yes"}, r": \w+Processor\w* does not take \{'do_resize': 'yes'\}: .*do_resize"),
+        ({"size": {"foo": 3}}, r": \w+Processor\w* does not take \{'size': \{'foo': 3\}\}: size must have"),
+    ],
+    ids=["typo", "unknown", "wrong type", "wrong value"],
+)
+def test_processor_options_are_tried_before_any_row(
+    tiny_checkpoint: Callable[[str], Path], family_name: str, kind: str, options: dict[str, Any], message: str
+) -> None:
+    data = DataSection.model_validate({"rows": "unused.json", f"{kind}_kwargs": options})
+    with pytest.raises(RecipeError) as caught:
+        load_family(section(tiny_checkpoint(family_name)), data)
+    assert re.match(rf"data\.{kind}_kwargs{message}", caught.value.message)
+    if "no such option" in message:
+        assert "do_resize" in caught.value.hint
+        assert "do_sample_frames" not in caught.value.hint  # ours: the recipe may not set it
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_processor_options_reach_the_adapter(
+    tiny_checkpoint: Callable[[str], Path], family_name: str, kind: str
+) -> None:
+    data = DataSection.model_validate({"rows": "unused.json", f"{kind}_kwargs": {"do_normalize": False}})
+    family = load_family(section(tiny_checkpoint(family_name)), data)
+    assert (family.video_kwargs, family.image_kwargs) == (data.video_kwargs, data.image_kwargs)
+
+
 @pytest.mark.parametrize("damage", ["no file", "torn", "misshapen", "a tensor lacks"])
 def test_weights_that_do_not_fit(
     tmp_path: Path, tiny_checkpoint: Callable[[str], Path], family_name: str, damage: str
