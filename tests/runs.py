@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ def recipe_of(words: list[str]) -> Recipe:
     return load_recipe(words)
 
 
-def torchrun(words: list[str], num_processes: int, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """Run launch/uptrain.py in real processes (gloo on CPU); all of them are ended when time is up."""
+def torchrun(
+    words: list[str], num_processes: int, timeout: int = 300, program: Sequence[str] = ("launch/uptrain.py",)
+) -> subprocess.CompletedProcess[str]:
+    """Run `program` (a script, or "-m" and a module) in real processes (gloo on CPU); all of them are ended when time is up."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     process = subprocess.Popen(
-        [*command, "launch/uptrain.py", *words],
+        [*command, *program, *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
