@@ -43,7 +43,7 @@ def recipe_of(words: list[str]) -> Recipe:
 def torchrun(
     words: list[str], num_processes: int, timeout: int = 300, program: Sequence[str] = ("launch/uptrain.py",)
 ) -> subprocess.CompletedProcess[str]:
-    """Run `program` (a script, or "-m" and a module) in real processes (gloo on CPU); all of them are ended when time is up."""
+    """Run `program` (a script, or -m and a module) in real processes (gloo on CPU); all are ended when time is up."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     process = subprocess.Popen(
         [*command, *program, *words],

@@ -131,7 +131,8 @@ def apply_tuning(model: nn.Module, family: Family, tuning: TuningSection) -> nn.
     """Freeze parts or add adapters, as the recipe says; returns the module to train.
 
     Raises:
-        RecipeError: a chosen part has no linear layer of the wanted names, or one of `tuning.lora.targets` names none.
+        RecipeError: a chosen part has no linear layer of the wanted names, or one of `tuning.lora.targets` names none,
+            or a layer that the family refuses to adapt.
     """
     if tuning.method == "full":
         for name, parameter in model.named_parameters():
@@ -148,6 +149,11 @@ def apply_tuning(model: nn.Module, family: Family, tuning: TuningSection) -> nn.
 def _lora_layers(model: nn.Module, family: Family, lora: LoraSection) -> list[str]:
     """Full names of the linear layers that get adapters. Raises RecipeError as `apply_tuning` says."""
     targets = tuple(lora.targets or family.lora_targets)
+    for target, reason in family.lora_refused.items():
+        if target in targets:
+            raise RecipeError(
+                f"tuning.lora.targets: {target} cannot get an adapter in {family.model_type}: {reason}", "leave it out"
+            )
     layers: dict[Part, dict[str, list[str]]] = {part: {} for part in lora.parts}  # part: short name: full names
     for name, module in model.named_modules():
         part = part_of(name + ".", family) if isinstance(module, nn.Linear) else None
