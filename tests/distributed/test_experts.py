@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from evs_train.models import FAMILIES
 from evs_train.models.tiny import FINISHES
 from evs_train.uptrain import Run
 from tests.parity.rig import Rig
@@ -23,6 +24,10 @@ from tests.runs import arguments, metrics, recipe_of, torchrun
 
 NUM_EXPERTS = 64
 EXPERTS_KEY = {"qwen3_vl_moe": "num_experts", "nemotron_h_omni": "n_routed_experts"}
+
+
+def test_every_family_with_routed_experts_is_here() -> None:
+    assert {name for name, family in FAMILIES.items() if family.lora_note} == EXPERTS_KEY.keys()
 
 
 @pytest.fixture(scope="module")
