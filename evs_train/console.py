@@ -24,13 +24,21 @@ def show_dry_run(run: Run, console: Console) -> None:
     console.print(
         yaml.safe_dump(run.recipe.model_dump(), sort_keys=False), markup=False, highlight=False, soft_wrap=True
     )
-    console.print(parts_table(run.part_sizes()))
+    show_parts(run, run.part_sizes(), console)
     rates = samplers.describe(run.sampler)
     console.print(f"pruning rates: {rates}", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{len(run.samples)} rows, {run.num_steps} steps of {run.global_batch} rows; the first micro-batches:"
     )
     console.print(plan_table(run.plan_batches(_PLANNED_BATCHES)))
+
+
+def show_parts(run: Run, parts: Sequence[PartSize], console: Console) -> None:
+    """Print what is trained, and what adapters do not reach."""
+    console.print(parts_table(parts))
+    tuning = run.recipe.tuning
+    if run.family.lora_note and tuning.method == "lora" and "language_model" in tuning.lora.parts:
+        console.print(run.family.lora_note, soft_wrap=True)
 
 
 def parts_table(parts: Sequence[PartSize]) -> Table:

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     except EvsTrainError as error:  # every process meets the same fault; one of them says it
         return report(error) if first else error.exit_code
     try:
-        summary = run.train(lambda parts: console.print(show.parts_table(parts)))
+        summary = run.train(lambda parts: show.show_parts(run, parts, console))
         leave_process_group()
         if not first:
             sys.stdout.flush()

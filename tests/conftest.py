@@ -63,18 +63,19 @@ def mixed_rows(world: Path, shared_tmp: Path) -> Path:
             pixels = np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(path.parent / "photo.png")
             a, b = str(clips / "000000.mp4"), str(clips / "000001.mp4")
-            path.write_text(json.dumps(_mixed(a, b)), encoding="utf-8")
+            wide = str(path.parent / "wide.mp4")
+            path.write_text(json.dumps(_mixed(a, b, wide)), encoding="utf-8")
     return path
 
 
-def _mixed(a: str, b: str) -> list[dict[str, object]]:
+def _mixed(a: str, b: str, wide: str) -> list[dict[str, object]]:
     def row(name: str, *turns: str, **media: object) -> dict[str, object]:
         roles = ("human", "gpt")
         talk = [{"from": roles[i % 2], "value": text} for i, text in enumerate(turns)]
         return {"id": name, "conversations": talk, **media}
 
     return [
-        row("two", "<video>\nand\n<video>\nWhat moves?", "A red circle.", "Where?", "Left.", video=[a, "wide.mp4"]),
+        row("two", "<video>\nand\n<video>\nWhat moves?", "A red circle.", "Where?", "Left.", video=[a, wide]),
         row("image", "<image>\nDescribe the picture.", "Noise.", image="photo.png"),
         row("text", "What is one plus one?", "Two."),
         row("still", "<video>\nDescribe the clip.", "A square.", video="still.mp4"),

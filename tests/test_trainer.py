@@ -18,7 +18,7 @@ from evs_train.errors import MediaError, RecipeError
 from evs_train.models import FAMILIES
 from evs_train.trainer import bucket_name, bucket_of
 from evs_train.uptrain import Run, Summary
-from tests.runs import arguments, metrics, recipe_of
+from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of
 
 UNIFORM = {"kind": "uniform", "min": 0.0, "max": 0.9}
 
@@ -98,14 +98,11 @@ def test_buckets(rate: float | None, bucket: int) -> None:
 def test_accumulation_does_not_change_loss_or_gradient(
     family_name: str, train: Callable[..., tuple[Path, Summary]]
 ) -> None:
-    whole, _ = train("whole", family_name, train__batch_size=4, train__grad_accumulation=1)
-    split, _ = train("split", family_name, train__batch_size=1, train__grad_accumulation=4)
-    residuals = []
-    for one, other in zip(metrics(whole), metrics(split), strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=2e-5)
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-4)
-        residuals.append(other["loss"] - one["loss"])
-    assert abs(sum(residuals) / len(residuals)) < 1e-4
+    """transformers would take the mean of the micro-batches' means where a class says `accepts_loss_kwargs = False`."""
+    options = {"train__steps": 8, **STILL}
+    whole, _ = train("whole", family_name, train__batch_size=4, train__grad_accumulation=1, **options)
+    split, _ = train("split", family_name, train__batch_size=1, train__grad_accumulation=4, **options)
+    assert_only_rounding(metrics(whole), metrics(split))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,11 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    Glm4vForConditionalGeneration,
-    Glm46VForConditionalGeneration,
-    PreTrainedModel,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
 )
 from transformers.video_utils import VideoMetadata
+
+from evs_train.uptrain import Run
+from tests.runs import STILL, arguments, metrics, recipe_of
 
 
 def test_nemotron_omni_has_no_forward_with_video(tiny_checkpoint: Callable[[str], Path]) -> None:
@@ -73,18 +72,29 @@ def test_glm_refuses_one_frame(family: str, tiny_checkpoint: Callable[[str], Pat
         processor(text=["<|video|>"], videos=[frame], video_metadata=[metadata], do_sample_frames=False)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        Qwen3VLForConditionalGeneration,
-        Qwen3_5ForConditionalGeneration,
-        Glm4vForConditionalGeneration,
-        Glm46VForConditionalGeneration,
-    ],
-)
-def test_models_say_they_take_no_token_count(model: type[PreTrainedModel]) -> None:
-    """Their forward does pass `num_items_in_batch` on to the loss; the trainer overrides the flag (trainer.py)."""
-    assert model.accepts_loss_kwargs is False
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "glm4v", "glm46v"])
+@pytest.mark.parametrize("corrected", [True, False])
+def test_classes_say_they_take_no_token_count(
+    family: str, corrected: bool, tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    """Trainer then averages the micro-batches' means; their forward takes the count, so we overrule (trainer.py)."""
+
+    def run(name: str, **options: Any) -> Run:
+        settings = {**STILL, "evs__rate": 0.5, "train__batch_size": 1, **options}
+        return Run(recipe_of(arguments(tiny_checkpoint(family), world, tmp_path / name, **settings)))
+
+    run("rows", train__steps=4).train()
+    rows = metrics(tmp_path / "rows")
+    tokens = [row["evs/supervised_tokens"] for row in rows]
+    trainer = run("step", train__steps=1, train__grad_accumulation=4).build_trainer()
+    assert type(trainer.model).accepts_loss_kwargs is False
+    trainer.model_accepts_loss_kwargs = corrected
+    trainer.train()
+    (step,) = metrics(tmp_path / "step")
+    by_token = sum(row["loss"] * count for row, count in zip(rows, tokens, strict=True)) / sum(tokens)
+    by_row = sum(row["loss"] for row in rows) / len(rows)
+    assert step["loss"] == pytest.approx(by_token if corrected else by_row, rel=5e-7)
+    assert abs(by_token / by_row - 1) > 5e-6
 
 
 def test_qwen3_vl_moe_saves_its_experts_the_other_way_round(

@@ -24,6 +24,11 @@ Features = list[Tensor]
 """Everything the encoder says of one video or image, each (num_tokens, D): pooled embeddings, then deepstack layers.
 Rows that stand behind a video's T * N tokens always stay (LLaVA-OneVision's newline)."""
 
+NO_ADAPTER_ON_EXPERTS = (
+    "Routed experts and their routers are no linear layers: they get no adapters. (tuning.method=full trains them.)"
+)
+"""`lora_note` of the families with a mixture of experts."""
+
 
 class Family(ABC):
     """Adapter of one model family.
@@ -33,6 +38,8 @@ class Family(ABC):
         parts: the module-name prefixes of each trainable part, relative to the plain model.
         unused: module-name prefixes that are always frozen: video never runs them, or checkpoints do not store them.
         lora_targets: default names of the linear layers that get adapters.
+        lora_refused: names of linear layers that must not get one, each with the reason.
+        lora_note: what a run with adapters on the language model says at its start: which weights they do not reach.
         shares_encoder: images and videos run through the same modules, so either one gives all of them a gradient.
         attention_only: tokens meet in attention and nowhere else, so dropping a token equals masking it, and rows can
             be packed. Recurrent layers see a shorter sequence instead, and take no borders between documents.
@@ -43,6 +50,8 @@ class Family(ABC):
     parts: ClassVar[Mapping[Part, tuple[str, ...]]]
     unused: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]]
+    lora_refused: ClassVar[Mapping[str, str]] = {}
+    lora_note: ClassVar[str] = ""
     shares_encoder: ClassVar[bool]
     attention_only: ClassVar[bool] = True
     position_rules: ClassVar[tuple[Positions, ...]] = ("preserve",)

@@ -148,7 +148,8 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             f"the weights of {model.path} lack {len(missing)} tensor(s) of the model, the first being {missing[0]}",
             "the checkpoint is incomplete or of another architecture",
         )
-    loaded.config.use_cache = False
+    # The language model reads the flag of its own section. A cache would also keep Mamba from its fused kernel.
+    loaded.config.use_cache = loaded.config.get_text_config().use_cache = False
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 records all renamings it knows under ZeRO-3, used or not, and saving would apply them all
         # in reverse: Qwen3-VL's layers would come out as `model.language_model.model.layers`.
@@ -180,7 +181,8 @@ def apply_tuning(model: nn.Module, family: Family, tuning: TuningSection) -> nn.
     """Freeze parts or add adapters, as the recipe says; returns the module to train.
 
     Raises:
-        RecipeError: a chosen part has no linear layer of the wanted names, or one of `tuning.lora.targets` names none.
+        RecipeError: a chosen part has no linear layer of the wanted names, or one of `tuning.lora.targets` names none,
+            or a layer that the family refuses to adapt.
     """
     if tuning.method == "full":
         for name, parameter in model.named_parameters():
@@ -197,6 +199,11 @@ def apply_tuning(model: nn.Module, family: Family, tuning: TuningSection) -> nn.
 def _lora_layers(model: nn.Module, family: Family, lora: LoraSection) -> list[str]:
     """Full names of the linear layers that get adapters. Raises RecipeError as `apply_tuning` says."""
     targets = tuple(lora.targets or family.lora_targets)
+    for target, reason in family.lora_refused.items():
+        if target in targets:
+            raise RecipeError(
+                f"tuning.lora.targets: {target} cannot get an adapter in {family.model_type}: {reason}", "leave it out"
+            )
     layers: dict[Part, dict[str, list[str]]] = {part: {} for part in lora.parts}  # part: short name: full names
     for name, module in model.named_modules():
         part = part_of(name + ".", family) if isinstance(module, nn.Linear) else None

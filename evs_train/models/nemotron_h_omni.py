@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from evs_train.config import Part
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
 from evs_train.data.video import Clip, video_metadata
-from evs_train.models.base import Family, Features, frames_tensor, reading_order
+from evs_train.models.base import NO_ADAPTER_ON_EXPERTS, Family, Features, frames_tensor, reading_order
 
 
 class NemotronHOmni(Family):
@@ -35,7 +35,6 @@ class NemotronHOmni(Family):
     }
     # The norm is an identity that checkpoints do not store, so nothing trained into it could be exported.
     unused: ClassVar[tuple[str, ...]] = ("audio_tower.", "embed_audio.", "vision_final_layernorm.")
-    # Mamba's out_proj is left out: the fused kernel reads its weight directly and would pass the adapter by.
     lora_targets: ClassVar[tuple[str, ...]] = (
         "q_proj",
         "k_proj",
@@ -45,6 +44,11 @@ class NemotronHOmni(Family):
         "up_proj",
         "down_proj",
     )
+    # While training with mamba_ssm, transformers hands `out_proj.weight` to the kernel and never calls the layer.
+    lora_refused: ClassVar[Mapping[str, str]] = {
+        "out_proj": "Mamba's fused kernel reads that layer's weight by itself and passes an adapter by"
+    }
+    lora_note: ClassVar[str] = NO_ADAPTER_ON_EXPERTS
     shares_encoder: ClassVar[bool] = False
     attention_only: ClassVar[bool] = False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from evs_train.models.base import NO_ADAPTER_ON_EXPERTS
 from evs_train.models.qwen3_vl import Qwen3VL
 
 
@@ -17,3 +18,4 @@ class Qwen3VLMoe(Qwen3VL):
 
     model_type: ClassVar[str] = "qwen3_vl_moe"
     lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    lora_note: ClassVar[str] = NO_ADAPTER_ON_EXPERTS

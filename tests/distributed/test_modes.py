@@ -13,7 +13,8 @@ import pytest
 
 from evs_train.data.batches import sample_of_draw
 from evs_train.data.manifest import read_rows
-from tests.runs import arguments, metrics, torchrun
+from evs_train.uptrain import Run
+from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of, torchrun
 
 STEPS = 6
 
@@ -76,3 +77,17 @@ def test_two_processes_give_the_curve_of_one(
         for name in ("evs/rate", "evs/video_tokens_before", "evs/video_tokens_after", "evs/supervised_tokens"):
             assert two[name] == pytest.approx(one[name]), name
     assert expected[-1]["loss"] < expected[0]["loss"]
+
+
+@pytest.mark.xdist_group("distributed")
+def test_splitting_a_batch_over_processes_leaves_rounding_only(
+    tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
+) -> None:
+    """Rows of one step differ in their number of supervised tokens, so averages of averages would show at once."""
+    options = {"train__steps": 8, "evs__rate": 0.5, **STILL}
+    checkpoint = tiny_checkpoint("qwen3_vl")
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    Run(recipe_of(arguments(checkpoint, mixed_rows, whole, train__batch_size=2, **options))).train()
+    done = torchrun(arguments(checkpoint, mixed_rows, split, train__batch_size=1, **options), 2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_only_rounding(metrics(whole), metrics(split))

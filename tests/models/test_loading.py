@@ -359,13 +359,29 @@ def test_bad_adapter_targets(model: nn.Module, family: Family, lora: LoraSection
     assert re.search(rf"\b{known}\b", caught.value.hint)
 
 
-def test_fused_experts_are_out_of_the_reach_of_adapters(families: dict[str, Family]) -> None:
-    """If a release gives experts or router linear layers, the family's targets are to be looked at again."""
-    family = families["qwen3_vl_moe"]
-    layers = without_weights(family.config).get_submodule("model.language_model.layers")
-    assert any(name.endswith("mlp.experts.down_proj") for name, _ in layers.named_parameters())
-    linear = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
-    assert linear == set(family.lora_targets)
+def test_routed_experts_are_out_of_the_reach_of_adapters(family: Family, model: nn.Module) -> None:
+    """And the family says so. Should a release give them linear layers, the targets are to be looked at again."""
+    experts = [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
+    assert bool(experts) == bool(family.lora_note)
+    linear = {
+        f"{path}.{name}".rstrip(".").rsplit(".", 1)[-1]
+        for path in MODULES[family.model_type]["language_model"]
+        for name, module in model.get_submodule(path).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    assert set(family.lora_targets) | family.lora_refused.keys() <= linear
+    assert not set(family.lora_targets) & family.lora_refused.keys()
+    every = LoraSection(targets=sorted(linear - family.lora_refused.keys()))
+    names = trained(apply_tuning(model, family, TuningSection(method="lora", lora=every)))
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names} == set(every.targets or ())
+    assert [name for name in names if ".experts." in name or ".gate." in name] == []
+
+
+def test_a_layer_that_a_kernel_reads_past_gets_no_adapter(families: dict[str, Family]) -> None:
+    family = families["nemotron_h_omni"]
+    lora = LoraSection(targets=["in_proj", "out_proj"])
+    with pytest.raises(RecipeError, match=r"^tuning\.lora\.targets: out_proj cannot get an adapter in nemotron_h_omni"):
+        apply_tuning(without_weights(family.config), family, TuningSection(method="lora", lora=lora))
 
 
 # Optimizer groups

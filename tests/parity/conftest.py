@@ -12,9 +12,15 @@ _RIGS: dict[str, Rig] = {}
 
 
 @pytest.fixture
-def rig(family_name: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
+def seed() -> int:
+    """Of the weights; a test that is parametrized by `seed` runs with several (`Rig.reseed`)."""
+    return 0
+
+
+@pytest.fixture
+def rig(family_name: str, seed: int, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
     """A rig of every family in turn, in training mode and without gradients."""
-    return fresh(family_name, tiny_checkpoint, mixed_rows)
+    return fresh(family_name, tiny_checkpoint, mixed_rows, seed)
 
 
 @pytest.fixture
@@ -23,9 +29,11 @@ def qwen(tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
 
 
 @pytest.fixture(params=sorted(name for name, family in FAMILIES.items() if family.attention_only))
-def attention_rig(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
+def attention_rig(
+    request: pytest.FixtureRequest, seed: int, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path
+) -> Rig:
     """A rig of every family whose tokens meet in attention only, so that masking a token takes it away."""
-    return fresh(request.param, tiny_checkpoint, mixed_rows)
+    return fresh(request.param, tiny_checkpoint, mixed_rows, seed)
 
 
 @pytest.fixture(params=sorted(name for name, family in FAMILIES.items() if not family.attention_only))
@@ -35,8 +43,8 @@ def recurrent_family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def recurrent_rig(recurrent_family: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
-    return fresh(recurrent_family, tiny_checkpoint, mixed_rows)
+def recurrent_rig(recurrent_family: str, seed: int, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
+    return fresh(recurrent_family, tiny_checkpoint, mixed_rows, seed)
 
 
 @pytest.fixture
@@ -44,10 +52,11 @@ def nemotron(tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Rig:
     return fresh("nemotron_h_omni", tiny_checkpoint, mixed_rows)
 
 
-def fresh(family: str, tiny_checkpoint: Callable[[str], Path], rows: Path) -> Rig:
+def fresh(family: str, tiny_checkpoint: Callable[[str], Path], rows: Path, seed: int = 0) -> Rig:
     if family not in _RIGS:
         _RIGS[family] = Rig(tiny_checkpoint(family), rows)
     rig = _RIGS[family]
+    rig.reseed(seed)
     rig.model.train()
     rig.model.requires_grad_(True)
     rig.model.zero_grad(set_to_none=True)

@@ -28,10 +28,26 @@ class Rig:
         section = ModelSection(path=str(checkpoint), dtype="float32")
         self.family = load_family(section, DataSection(rows=str(rows)))
         self.model: Any = load_weights(section, self.family.config, dtype)
+        self.seed = 0
+        self._stored = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         samples = read_rows([rows])
         self.stream = TrainingStream(samples, self.family, FrameSampling(fps=8.0), num_draws=len(samples), seed=0)
         drawn = [self.stream.read(draw) for draw in range(len(samples))]
         self.examples: dict[str, Example] = {example.sample_id: example for example in drawn}
+
+    def reseed(self, seed: int) -> None:
+        """Other random weights in the same model, of each tensor's own scale; seed 0 gives back the checkpoint's.
+
+        Vectors are moved off the ones and zeros of a new model, where a norm or a bias would not show.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters() if seed != self.seed else ():
+                stored = self._stored[name]
+                noise = torch.randn(stored.shape, generator=generator).to(stored.dtype)
+                other = noise * stored.std() if stored.ndim > 1 else stored + 0.1 * noise
+                parameter.copy_(other if seed else stored)
+        self.seed = seed
 
     def batch(self, names: Sequence[str], rate: Any = 0.0, **options: Any) -> dict[str, Any]:
         settings: dict[str, Any] = {"seed": 0, "global_batch": 8, "cap": False, **options}

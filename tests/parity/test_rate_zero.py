@@ -82,6 +82,15 @@ PLAIN = {
 @pytest.mark.parametrize("names", BATCHES, ids="+".join)
 @pytest.mark.parametrize("encoder_trains", [False, True])
 def test_rate_zero_equals_the_plain_forward(rig: Rig, names: tuple[str, ...], encoder_trains: bool) -> None:
+    equals_the_plain_forward(rig, names, encoder_trains)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_rate_zero_equals_the_plain_forward_with_other_weights(rig: Rig) -> None:
+    equals_the_plain_forward(rig, BATCHES[0], encoder_trains=True)
+
+
+def equals_the_plain_forward(rig: Rig, names: tuple[str, ...], encoder_trains: bool) -> None:
     batch = rig.batch(names, 0.0)
     plain = PLAIN[rig.family.model_type](rig, batch)
     plain.loss.backward()
