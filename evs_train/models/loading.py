@@ -109,7 +109,8 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             f"the weights of {model.path} lack {len(missing)} tensor(s) of the model, the first being {missing[0]}",
             "the checkpoint is incomplete or of another architecture",
         )
-    loaded.config.use_cache = False
+    for one in (loaded.config, loaded.config.get_text_config()):  # either is asked, depending on the family
+        one.use_cache = False
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 records all renamings it knows under ZeRO-3, used or not, and saving would apply them all
         # in reverse: Qwen3-VL's layers would come out as `model.language_model.model.layers`.
