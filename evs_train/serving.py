@@ -58,6 +58,16 @@ _QWEN3_VL = {
     "SGLang": _SGLANG_DENSE,
     "TensorRT-LLM": _TENSORRT_DENSE,
 }
+_NO_EVS = {
+    "vLLM": ServingLine(
+        engine="vLLM",
+        command="vllm serve $checkpoint",
+        reads="unsupported",
+        note="Serves dense: no pruning of this family was found in its sources.",
+    ),
+    "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of this family was found in its sources."),
+    "TensorRT-LLM": _TENSORRT_DENSE,
+}
 # In `command`, $checkpoint and $rate are replaced.
 ENGINES: dict[str, dict[str, ServingLine]] = {
     "qwen3_vl": _QWEN3_VL,
@@ -75,6 +85,8 @@ ENGINES: dict[str, dict[str, ServingLine]] = {
         "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of Qwen2.5-VL was found in its sources."),
         "TensorRT-LLM": _TENSORRT_DENSE,
     },
+    "llava_onevision": _NO_EVS,
+    "video_llama_3": _NO_EVS,
     "nemotron_h_omni": {
         "vLLM": ServingLine(
             engine="vLLM",

@@ -31,7 +31,8 @@ class Family(ABC):
     Class attributes:
         model_type: `model_type` of the checkpoint's config.json.
         parts: the module-name prefixes of each trainable part, relative to the plain model.
-        unused: module-name prefixes that are always frozen: video never runs them, or checkpoints do not store them.
+        unused: module-name prefixes that are always frozen: video never runs them, nothing reads what they make, or
+            checkpoints do not store them.
         lora_targets: default names of the linear layers that get adapters.
         shares_encoder: images and videos run through the same modules, so either one gives all of them a gradient.
         attention_only: tokens meet in attention and nowhere else, so dropping a token equals masking it, and rows can

@@ -22,13 +22,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.video_utils import VideoMetadata
 
 from evs_train.errors import ModelError
-from evs_train.models.tiny import STAMP_FILE, TINY_FAMILIES, build_tiny, nemotron, qwen
+from evs_train.models.tiny import STAMP_FILE, TINY_FAMILIES, build_tiny, llava_onevision, nemotron, qwen, video_llama_3
 from evs_train.models.tiny.common import MAX_TOKENS, MIN_TOKENS
 
 CLASSES = {
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLForConditionalGeneration"),
     "qwen3_vl_moe": ("Qwen3VLProcessor", "Qwen3VLMoeForConditionalGeneration"),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2_5_VLForConditionalGeneration"),
+    "llava_onevision": ("LlavaOnevisionProcessor", "LlavaOnevisionForConditionalGeneration"),
+    "video_llama_3": ("VideoLlama3Processor", "VideoLlama3ForConditionalGeneration"),
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3Processor", "NemotronH_Omni_Reasoning_V3"),
 }
 QWEN_TOKEN_IDS = {
@@ -37,7 +39,35 @@ QWEN_TOKEN_IDS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-NEMOTRON_TOKEN_IDS = {"image_token_id": "<image>", "audio_token_id": "<so_embedding>"}
+TOKEN_IDS = dict.fromkeys(CLASSES, QWEN_TOKEN_IDS) | {
+    "llava_onevision": {"image_token_id": "<image>", "video_token_id": "<video>"},
+    "video_llama_3": {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    "nemotron_h_omni": {"image_token_id": "<image>", "audio_token_id": "<so_embedding>"},
+}
+SPECIAL_TOKENS = dict.fromkeys(CLASSES, qwen.QWEN_SPECIAL_TOKENS) | {
+    "llava_onevision": llava_onevision.SPECIAL_TOKENS,
+    "video_llama_3": video_llama_3.SPECIAL_TOKENS,
+    "nemotron_h_omni": nemotron.NEMOTRON_SPECIAL_TOKENS,
+}
+RENDERED_VIDEO = dict.fromkeys(CLASSES, "<|vision_start|><|video_pad|><|vision_end|>") | {
+    "llava_onevision": "<video>",
+    "video_llama_3": "<|video_pad|>",
+    "nemotron_h_omni": "<video>",
+}
+TIME_IN_TEXT = {
+    "qwen3_vl": "<0.2 seconds>",
+    "qwen3_vl_moe": "<0.2 seconds>",
+    "video_llama_3": "Time 0.0s:<|video_pad|>",
+    "nemotron_h_omni": "Frame 3 sampled at 1.00 seconds and frame 4 sampled at 1.50 seconds: <img>",
+}
+FRAMES_PER_UNIT = dict.fromkeys(CLASSES, 2) | {"llava_onevision": 1, "video_llama_3": 1}
+BUDGET_FRAMES = dict.fromkeys(CLASSES, 1) | {"video_llama_3": video_llama_3.BUDGET_FRAMES}
+MAX_IMAGE_TOKENS = dict.fromkeys(CLASSES, MAX_TOKENS) | {  # the whole image, four tiles, a newline behind every line
+    "llava_onevision": 5 * llava_onevision.PATCHES + 14
+}
+# What the encoder is given beside pixels.
+VIDEO_INPUTS = ("video_grid_thw", "video_merge_sizes")
+IMAGE_INPUTS = ("image_grid_thw", "image_grid_hw", "image_sizes", "image_merge_sizes")
 QUESTION = {"type": "text", "text": "Which direction does the red square move?"}
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +78,7 @@ class Tiny:
 
     def __init__(self, family: str, path: Path) -> None:
         self.family = family
-        self.is_qwen = family.startswith("qwen")
+        self.is_nemotron = family == "nemotron_h_omni"
         self.path = path
         self.processor: Any = AutoProcessor.from_pretrained(path)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(path).eval()
@@ -68,17 +98,17 @@ class Tiny:
         return self.processor(
             text=[self.text({"type": "video"}, QUESTION)],
             videos=[frames],
-            # Nemotron's processor reads the metadata of the one video it takes; Qwen's wants a list.
-            video_metadata=[metadata] if self.is_qwen else metadata,
+            # Nemotron's processor reads the metadata of the one video it takes; the others want a list.
+            video_metadata=metadata if self.is_nemotron else [metadata],
             do_sample_frames=False,
             return_tensors="pt",
         )
 
     def video_features(self, batch: Any) -> torch.Tensor:
         """Features of the batch's one video, (num_tokens, D)."""
-        extra = [batch["video_grid_thw"]] if self.is_qwen else []
-        out = self.model.get_video_features(batch["pixel_values_videos"], *extra, return_dict=True)
-        return out.pooler_output[0] if self.is_qwen else out.pooler_output.flatten(0, 1)
+        extra = {name: batch[name] for name in VIDEO_INPUTS if name in batch}
+        out = self.model.get_video_features(batch["pixel_values_videos"], **extra, return_dict=True)
+        return out.pooler_output.flatten(0, 1) if self.is_nemotron else out.pooler_output[0]
 
     def count(self, batch: Any, token: str) -> int:
         return int((batch["input_ids"] == self.processor.tokenizer.convert_tokens_to_ids(token)).sum())
@@ -101,7 +131,7 @@ def test_auto_classes_and_token_ids(checkpoint: Tiny) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     assert 600 <= len(tokenizer) <= 1000
     assert len(tokenizer) == config.get_text_config().vocab_size
-    for name, token in (QWEN_TOKEN_IDS if checkpoint.is_qwen else NEMOTRON_TOKEN_IDS).items():
+    for name, token in TOKEN_IDS[checkpoint.family].items():
         assert getattr(config, name) == tokenizer.convert_tokens_to_ids(token), name
     generation = GenerationConfig.from_pretrained(checkpoint.path)
     for ids in (generation, config.get_text_config()):
@@ -116,6 +146,14 @@ def test_layers_cover_the_family(checkpoint: Tiny) -> None:
         assert len(checkpoint.model.model.visual.deepstack_merger_list) == 2
     elif checkpoint.family == "qwen2_5_vl":
         assert 0 < len(config.vision_config.fullatt_block_indexes) < config.vision_config.depth
+    elif checkpoint.family == "llava_onevision":  # see models/tiny/llava_onevision.py
+        vision = config.vision_config
+        assert vision.image_size % vision.patch_size
+        assert vision.image_size // vision.patch_size % 2
+    elif checkpoint.family == "video_llama_3":
+        processor = checkpoint.processor
+        assert processor.video_processor.use_token_compression
+        assert (processor.video_processor.merge_size, processor.image_processor.merge_size) == (2, 1)
     else:
         assert set(config.text_config.layers_block_type) == {"linear_attention", "moe", "full_attention", "mlp"}
         assert config.audio_config is None
@@ -129,9 +167,9 @@ def test_tokenizer_knows_its_words_and_all_bytes(checkpoint: Tiny) -> None:
     text = "The ☃ said: 日本 <12.3 seconds>\n\tFrame 1 sampled at 0.50 seconds "
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer(" direction seconds square")["input_ids"]) == 3
-    specials = qwen.QWEN_SPECIAL_TOKENS if checkpoint.is_qwen else nemotron.NEMOTRON_SPECIAL_TOKENS
+    specials = SPECIAL_TOKENS[checkpoint.family]
     assert all(len(tokenizer(token)["input_ids"]) == 1 for token in specials)
-    assert "<video>" not in tokenizer.get_vocab()
+    assert ("<video>" in tokenizer.get_vocab()) == ("<video>" in specials)
 
 
 def test_weights_round_trip_bit_for_bit(checkpoint: Tiny, tmp_path: Path) -> None:
@@ -147,34 +185,33 @@ def test_weights_round_trip_bit_for_bit(checkpoint: Tiny, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("num_frames", "height", "width"), [(8, 64, 64), (9, 96, 96), (4, 270, 480), (4, 480, 270)])
 def test_video_tokens_match_features(checkpoint: Tiny, num_frames: int, height: int, width: int) -> None:
     batch = checkpoint.video_batch(num_frames, height, width)
-    token = "<|video_pad|>" if checkpoint.is_qwen else "<image>"
+    token = "<image>" if checkpoint.is_nemotron else checkpoint.processor.video_token
     with torch.no_grad():
         features = checkpoint.video_features(batch)
-    num_units = math.ceil(num_frames / 2)
+    num_units = math.ceil(num_frames / FRAMES_PER_UNIT[checkpoint.family])
+    per_unit = len(features) // num_units  # LLaVA-OneVision's newline is left over
     assert checkpoint.count(batch, token) == len(features)
-    assert MIN_TOKENS <= len(features) / num_units <= MAX_TOKENS
+    assert MIN_TOKENS <= per_unit <= MAX_TOKENS * max(1, BUDGET_FRAMES[checkpoint.family] // num_frames)
     # Random frames must not look alike, or selecting tokens by change would be meaningless.
-    units = features.view(num_units, -1, features.shape[-1])
+    units = features[: num_units * per_unit].view(num_units, per_unit, -1)
     assert torch.cosine_similarity(units[1:], units[:-1], dim=-1).mean() < 0.9
 
 
 def test_video_forward(checkpoint: Tiny) -> None:
     batch = checkpoint.video_batch(8, 64, 64)
     with torch.no_grad():
-        if checkpoint.is_qwen:
-            is_video = batch["input_ids"] == checkpoint.model.config.video_token_id
-            assert torch.equal(batch["mm_token_type_ids"] == 2, is_video)
-            logits = checkpoint.model(**batch).logits
-            decoded = checkpoint.processor.tokenizer.decode(batch["input_ids"][0])
-            assert ("<0.2 seconds>" in decoded) == checkpoint.family.startswith(
-                "qwen3_vl"
-            )  # the others' time is elsewhere
-        else:
+        if checkpoint.is_nemotron:
             outputs = {"video": BaseModelOutputWithPooling(pooler_output=(checkpoint.video_features(batch),))}
             text_inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             logits = checkpoint.model(**text_inputs, mm_encoder_outputs=outputs).logits
-            decoded = checkpoint.processor.tokenizer.decode(batch["input_ids"][0])
-            assert "Frame 3 sampled at 1.00 seconds and frame 4 sampled at 1.50 seconds: <img>" in decoded
+        else:
+            logits = checkpoint.model(**batch).logits
+    if "mm_token_type_ids" in batch:
+        is_video = batch["input_ids"] == checkpoint.model.config.video_token_id
+        assert torch.equal(batch["mm_token_type_ids"] == 2, is_video)
+    decoded = checkpoint.processor.tokenizer.decode(batch["input_ids"][0])
+    times = [time for time in set(TIME_IN_TEXT.values()) if time in decoded]
+    assert times == [TIME_IN_TEXT[name] for name in (checkpoint.family,) if name in TIME_IN_TEXT]  # or it is elsewhere
     assert logits.shape == (*batch["input_ids"].shape, len(checkpoint.processor.tokenizer))
     assert logits.isfinite().all()
 
@@ -184,13 +221,12 @@ def test_image_tokens_match_features(checkpoint: Tiny, size: tuple[int, int]) ->
     image = Image.new("RGB", size, "red")
     text = checkpoint.text({"type": "image"}, QUESTION)
     batch = checkpoint.processor(text=[text], images=[image], return_tensors="pt")
-    grid = batch["image_grid_thw" if checkpoint.is_qwen else "image_grid_hw"]
+    extra = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
     with torch.no_grad():
-        features = checkpoint.model.get_image_features(batch["pixel_values"], grid, return_dict=True).pooler_output[0]
-        logits = checkpoint.model(**batch).logits
-    token = "<|image_pad|>" if checkpoint.is_qwen else "<image>"
-    assert checkpoint.count(batch, token) == len(features)
-    assert MIN_TOKENS <= len(features) <= MAX_TOKENS
+        out = checkpoint.model.get_image_features(batch["pixel_values"], **extra, return_dict=True)
+        features, logits = out.pooler_output[0], checkpoint.model(**batch).logits
+    assert checkpoint.count(batch, checkpoint.processor.image_token) == len(features)
+    assert MIN_TOKENS <= len(features) <= MAX_IMAGE_TOKENS[checkpoint.family]
     assert logits.isfinite().all()
 
 
@@ -233,8 +269,8 @@ def test_chat_template_keeps_the_prompt_as_prefix(checkpoint: Tiny, enable_think
         prompt = render(conversation[:turn], prompt=True)
         assert whole.startswith(prompt)
         assert whole[len(prompt) :].startswith(("Left.<|im_end|>\n", "Up.<|im_end|>\n"))
-    opening = "" if checkpoint.is_qwen else "<think>\n" if enable_thinking else "<think></think>"
-    video = "<|vision_start|><|video_pad|><|vision_end|>" if checkpoint.is_qwen else "<video>"
+    opening = "" if not checkpoint.is_nemotron else "<think>\n" if enable_thinking else "<think></think>"
+    video = RENDERED_VIDEO[checkpoint.family]
     assert render([user], prompt=True) == (
         f"<|im_start|>user\n{video}{QUESTION['text']}<|im_end|>\n<|im_start|>assistant\n{opening}"
     )

@@ -52,7 +52,9 @@ class Rig:
             handle.remove()
 
     def gradients(self) -> dict[str, Tensor | None]:
-        return {name: p.grad if p.grad is None else p.grad.clone() for name, p in self.model.named_parameters()}
+        """Gradients of all trained parameters."""
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return {name: p.grad if p.grad is None else p.grad.clone() for name, p in trained}
 
 
 def attention_mask(batch: dict[str, Any]) -> Tensor:
@@ -60,6 +62,18 @@ def attention_mask(batch: dict[str, Any]) -> Tensor:
     mask = torch.zeros_like(batch["input_ids"]).flatten()
     mask[torch.cat([batch["index"]["always"], batch["index"]["video"]])] = 1
     return mask.view_as(batch["input_ids"])
+
+
+def plain_media(batch: dict[str, Any]) -> dict[str, Any]:
+    """Encoder inputs as the plain forward takes them: videos of one length stacked, where the family keeps a list."""
+    media: dict[str, Any] = batch["media"]
+    return {name: torch.stack(value) if isinstance(value, list) else value for name, value in media.items()}
+
+
+def plain_positions(batch: dict[str, Any]) -> Tensor:
+    """Positions as the plain forward takes them: (B, L) where they are 1-D."""
+    positions: Tensor = batch["position_ids"]
+    return positions[0] if len(positions) == 1 else positions
 
 
 def slow_retained(embeds: Tensor, rate: float) -> list[int]:
@@ -89,7 +103,7 @@ def kept_positions(rig: Rig, batch: dict[str, Any]) -> Tensor:
             encoded = rig.family.encode(rig.model, batch["media"], "video")
         places = batch["index"]["video"].split([planned.item.num_tokens for planned in plan.videos])
         for planned, features, where in zip(plan.videos, encoded, places, strict=True):
-            scored = rig.family.score_tensor(features)
+            scored = rig.family.score_tensor(features)[: planned.item.num_tokens]
             shaped = scored.view(planned.item.num_units, planned.item.tokens_per_unit, -1)
             kept[where[slow_retained(shaped, planned.pruning_rate)]] = True
     return kept.view_as(batch["input_ids"])

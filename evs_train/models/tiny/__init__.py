@@ -2,7 +2,8 @@
 
 A tiny checkpoint has the architecture, the special tokens, the processor classes and the file layout of its family, and
 about a million parameters. `AutoConfig`, `AutoProcessor` and `AutoModelForImageTextToText.from_pretrained` read it as
-they read the real one. A temporal unit becomes 16 to 36 tokens at the usual aspect ratios, whatever the video's size.
+they read the real one. A temporal unit becomes 16 to 36 tokens at the usual aspect ratios, whatever the video's size
+(VideoLLaMA 3: of a clip with fewer or more frames than eight, more or fewer).
 
 Invariant: the files are a pure function of (family, seed, texts, dtype, this package, the transformers version); a
 directory holds one complete checkpoint or none (it is built beside its place, then renamed).
@@ -22,7 +23,7 @@ import torch
 import transformers as hf
 
 from evs_train.errors import ModelError
-from evs_train.models.tiny import nemotron, qwen
+from evs_train.models.tiny import llava_onevision, nemotron, qwen, video_llama_3
 
 STAMP_FILE = "tiny_checkpoint.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,12 +34,15 @@ TINY_FAMILIES: dict[str, Builder] = {
     "qwen3_vl": qwen.qwen3_vl,
     "qwen3_vl_moe": qwen.qwen3_vl_moe,
     "qwen2_5_vl": qwen.qwen2_5_vl,
+    "llava_onevision": llava_onevision.llava_onevision,
+    "video_llama_3": video_llama_3.video_llama_3,
     "nemotron_h_omni": nemotron.nemotron_h_omni,
 }
 # What is left to do to files that transformers does not write as the family's release has them.
 FINISHES: dict[str, Callable[[Path], None]] = {
     "qwen3_vl_moe": qwen.turn_experts,
     "qwen2_5_vl": qwen.released_names,
+    "llava_onevision": llava_onevision.released_names,
 }
 
 
