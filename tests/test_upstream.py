@@ -107,3 +107,11 @@ def test_qwen3_vl_moe_saves_its_experts_the_other_way_round(
     name = "model.language_model.layers.0.mlp.experts.down_proj"
     assert before[name].shape != after[name].shape
     assert torch.equal(before[name], after[name].transpose(1, 2))
+
+
+def test_llava_onevision_s_processor_stacks_videos_of_one_length_only(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """We ask it for no tensors, and encode all frames as one long video (llava_onevision.py)."""
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint("llava_onevision"))
+    videos = [torch.zeros(frames, 3, 60, 60, dtype=torch.uint8) for frames in (2, 1)]
+    with pytest.raises(ValueError, match="tensor"):
+        processor(text=["<video><video>"], videos=videos, return_tensors="pt")

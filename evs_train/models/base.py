@@ -36,7 +36,8 @@ class Family(ABC):
     Class attributes:
         model_type: `model_type` of the checkpoint's config.json.
         parts: the module-name prefixes of each trainable part, relative to the plain model.
-        unused: module-name prefixes that are always frozen: video never runs them, or checkpoints do not store them.
+        unused: module-name prefixes that are always frozen: video never runs them, nothing reads what they make, or
+            checkpoints do not store them.
         lora_targets: default names of the linear layers that get adapters.
         lora_refused: names of linear layers that must not get one, each with the reason.
         lora_note: what a run with adapters on the language model says at its start: which weights they do not reach.

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.video_utils import VideoMetadata
 
 from evs_train.errors import ModelError
-from evs_train.models.tiny import STAMP_FILE, TINY_FAMILIES, build_tiny, glm, nemotron, qwen
+from evs_train.models.tiny import (
+    STAMP_FILE,
+    TINY_FAMILIES,
+    build_tiny,
+    glm,
+    llava_onevision,
+    nemotron,
+    qwen,
+    video_llama_3,
+)
 from evs_train.models.tiny.common import MAX_TOKENS, MIN_TOKENS
 
 CLASSES = {
@@ -33,6 +41,8 @@ CLASSES = {
     "qwen3_5": ("Qwen3VLProcessor", "Qwen3_5ForConditionalGeneration"),
     "glm4v": ("Glm4vProcessor", "Glm4vForConditionalGeneration"),
     "glm46v": ("Glm46VProcessor", "Glm46VForConditionalGeneration"),
+    "llava_onevision": ("LlavaOnevisionProcessor", "LlavaOnevisionForConditionalGeneration"),
+    "video_llama_3": ("VideoLlama3Processor", "VideoLlama3ForConditionalGeneration"),
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3Processor", "NemotronH_Omni_Reasoning_V3"),
 }
 QWEN_TOKEN_IDS = {
@@ -49,43 +59,48 @@ GLM_TOKEN_IDS = {
     "video_start_token_id": "<|begin_of_video|>",
     "video_end_token_id": "<|end_of_video|>",
 }
-NEMOTRON_TOKEN_IDS = {"image_token_id": "<image>", "audio_token_id": "<so_embedding>"}
-# What stands in the text of a video of eight frames, two per second.
-TIMES = {
-    "qwen3_vl": "<0.2 seconds><|vision_start|>",
-    "qwen3_vl_moe": "<0.2 seconds><|vision_start|>",
-    "qwen2_5_vl": "<|vision_start|><|video_pad|>",  # none: time is in the positions
-    "qwen3_5": "<0.2 seconds><|vision_start|>",
+GLM = ("glm4v", "glm46v")
+TOKEN_IDS = dict.fromkeys(CLASSES, QWEN_TOKEN_IDS) | {
+    **dict.fromkeys(GLM, GLM_TOKEN_IDS),
+    "llava_onevision": {"image_token_id": "<image>", "video_token_id": "<video>"},
+    "video_llama_3": {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    "nemotron_h_omni": {"image_token_id": "<image>", "audio_token_id": "<so_embedding>"},
+}
+SPECIAL_TOKENS = dict.fromkeys(CLASSES, qwen.QWEN_SPECIAL_TOKENS) | {
+    **dict.fromkeys(GLM, glm.GLM_SPECIAL_TOKENS),
+    "llava_onevision": llava_onevision.SPECIAL_TOKENS,
+    "video_llama_3": video_llama_3.SPECIAL_TOKENS,
+    "nemotron_h_omni": nemotron.NEMOTRON_SPECIAL_TOKENS,
+}
+RENDERED_VIDEO = dict.fromkeys(CLASSES, "<|vision_start|><|video_pad|><|vision_end|>") | {
+    **dict.fromkeys(GLM, "<|begin_of_video|><|video|><|end_of_video|>"),
+    "llava_onevision": "<video>",
+    "video_llama_3": "<|video_pad|>",
+    "nemotron_h_omni": "<video>",
+}
+# The token that a video's places hold, where it is not the processor's `video_token`.
+VIDEO_PLACES = dict.fromkeys(GLM, "<|image|>") | {"nemotron_h_omni": "<image>"}
+# In the text of a video of eight frames, two per second. The others have no time, or it is in the positions.
+TIME_IN_TEXT = {
+    "qwen3_vl": "<0.2 seconds>",
+    "qwen3_vl_moe": "<0.2 seconds>",
+    "qwen3_5": "<0.2 seconds>",
     "glm4v": "<|end_of_image|>3<|end_of_video|>",
     "glm46v": "<|end_of_image|>1.0 seconds<|begin_of_image|>",
+    "video_llama_3": "Time 0.0s:<|video_pad|>",
     "nemotron_h_omni": "Frame 3 sampled at 1.00 seconds and frame 4 sampled at 1.50 seconds: <img>",
 }
-
-
-@dataclass(frozen=True)
-class Vendor:
-    """What the families of one vendor have in common."""
-
-    token_ids: dict[str, str]
-    special_tokens: list[str]
-    image: str  # token that images, once expanded, consist of
-    video: str
-    prompt: str  # a video in the rendered text
-
-
-VENDORS = {
-    "qwen": Vendor(
-        QWEN_TOKEN_IDS,
-        qwen.QWEN_SPECIAL_TOKENS,
-        "<|image_pad|>",
-        "<|video_pad|>",
-        "<|vision_start|><|video_pad|><|vision_end|>",
-    ),
-    "glm": Vendor(
-        GLM_TOKEN_IDS, glm.GLM_SPECIAL_TOKENS, "<|image|>", "<|image|>", "<|begin_of_video|><|video|><|end_of_video|>"
-    ),
-    "nemotron": Vendor(NEMOTRON_TOKEN_IDS, nemotron.NEMOTRON_SPECIAL_TOKENS, "<image>", "<image>", "<video>"),
+FRAMES_PER_UNIT = dict.fromkeys(CLASSES, 2) | {"llava_onevision": 1, "video_llama_3": 1}
+BUDGET_FRAMES = dict.fromkeys(CLASSES, 1) | {
+    **dict.fromkeys(GLM, glm.CLIP_FRAMES),
+    "video_llama_3": video_llama_3.BUDGET_FRAMES,
 }
+MAX_IMAGE_TOKENS = dict.fromkeys(CLASSES, MAX_TOKENS) | {  # the whole image, four tiles, a newline behind every line
+    "llava_onevision": 5 * llava_onevision.PATCHES + 14
+}
+# What the encoder is given beside pixels.
+VIDEO_INPUTS = ("video_grid_thw", "video_merge_sizes")
+IMAGE_INPUTS = ("image_grid_thw", "image_grid_hw", "image_sizes", "image_merge_sizes")
 QUESTION = {"type": "text", "text": "Which direction does the red square move?"}
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,8 +111,7 @@ class Tiny:
 
     def __init__(self, family: str, path: Path) -> None:
         self.family = family
-        self.vendor = next(vendor for name, vendor in VENDORS.items() if family.startswith(name))
-        self.is_nemotron = self.vendor is VENDORS["nemotron"]
+        self.is_nemotron = family == "nemotron_h_omni"
         self.path = path
         self.processor: Any = AutoProcessor.from_pretrained(path)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(path).eval()
@@ -125,8 +139,8 @@ class Tiny:
 
     def video_features(self, batch: Any) -> torch.Tensor:
         """Features of the batch's one video, (num_tokens, D)."""
-        extra = [] if self.is_nemotron else [batch["video_grid_thw"]]
-        out = self.model.get_video_features(batch["pixel_values_videos"], *extra, return_dict=True)
+        extra = {name: batch[name] for name in VIDEO_INPUTS if name in batch}
+        out = self.model.get_video_features(batch["pixel_values_videos"], **extra, return_dict=True)
         return out.pooler_output.flatten(0, 1) if self.is_nemotron else out.pooler_output[0]
 
     def count(self, batch: Any, token: str) -> int:
@@ -150,7 +164,7 @@ def test_auto_classes_and_token_ids(checkpoint: Tiny) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     assert 600 <= len(tokenizer) <= 1000
     assert len(tokenizer) == config.get_text_config().vocab_size
-    for name, token in checkpoint.vendor.token_ids.items():
+    for name, token in TOKEN_IDS[checkpoint.family].items():
         assert getattr(config, name) == tokenizer.convert_tokens_to_ids(token), name
     generation = GenerationConfig.from_pretrained(checkpoint.path)
     for ids in (generation, config.get_text_config()):
@@ -168,9 +182,17 @@ def test_layers_cover_the_family(checkpoint: Tiny) -> None:
     elif checkpoint.family == "qwen3_5":
         assert set(config.text_config.layer_types) == {"linear_attention", "full_attention"}
         assert any(name.startswith("mtp.") for name in load_file(checkpoint.path / "model.safetensors"))
-    elif checkpoint.vendor is VENDORS["glm"]:
+    elif checkpoint.family in GLM:
         assert (config.text_config.model_type, config.vision_config.model_type) == ("glm4v_text", "glm4v_vision")
         assert config.text_config.rope_parameters["partial_rotary_factor"] < 1
+    elif checkpoint.family == "llava_onevision":  # see models/tiny/llava_onevision.py
+        vision = config.vision_config
+        assert vision.image_size % vision.patch_size
+        assert vision.image_size // vision.patch_size % 2
+    elif checkpoint.family == "video_llama_3":
+        processor = checkpoint.processor
+        assert processor.video_processor.use_token_compression
+        assert (processor.video_processor.merge_size, processor.image_processor.merge_size) == (2, 1)
     else:
         assert set(config.text_config.layers_block_type) == {"linear_attention", "moe", "full_attention", "mlp"}
         assert config.audio_config is None
@@ -184,8 +206,9 @@ def test_tokenizer_knows_its_words_and_all_bytes(checkpoint: Tiny) -> None:
     text = "The ☃ said: 日本 <12.3 seconds>\n\tFrame 1 sampled at 0.50 seconds "
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer(" direction seconds square")["input_ids"]) == 3
-    assert all(len(tokenizer(token)["input_ids"]) == 1 for token in checkpoint.vendor.special_tokens)
-    assert "<video>" not in tokenizer.get_vocab()
+    specials = SPECIAL_TOKENS[checkpoint.family]
+    assert all(len(tokenizer(token)["input_ids"]) == 1 for token in specials)
+    assert ("<video>" in tokenizer.get_vocab()) == ("<video>" in specials)
 
 
 def test_weights_round_trip_bit_for_bit(checkpoint: Tiny, tmp_path: Path) -> None:
@@ -202,14 +225,15 @@ def test_weights_round_trip_bit_for_bit(checkpoint: Tiny, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("num_frames", "height", "width"), [(8, 64, 64), (9, 96, 96), (4, 270, 480), (4, 480, 270)])
 def test_video_tokens_match_features(checkpoint: Tiny, num_frames: int, height: int, width: int) -> None:
     batch = checkpoint.video_batch(num_frames, height, width)
+    token = VIDEO_PLACES.get(checkpoint.family, checkpoint.processor.video_token)
     with torch.no_grad():
         features = checkpoint.video_features(batch)
-    num_units = math.ceil(num_frames / 2)
-    assert checkpoint.count(batch, checkpoint.vendor.video) == len(features)
-    most = MAX_TOKENS * (max(1.0, glm.CLIP_FRAMES / num_frames) if checkpoint.vendor is VENDORS["glm"] else 1)
-    assert MIN_TOKENS <= len(features) / num_units <= most
+    num_units = math.ceil(num_frames / FRAMES_PER_UNIT[checkpoint.family])
+    per_unit = len(features) // num_units  # LLaVA-OneVision's newline is left over
+    assert checkpoint.count(batch, token) == len(features)
+    assert MIN_TOKENS <= per_unit <= MAX_TOKENS * max(1.0, BUDGET_FRAMES[checkpoint.family] / num_frames)
     # Random frames must not look alike, or selecting tokens by change would be meaningless.
-    units = features.view(num_units, -1, features.shape[-1])
+    units = features[: num_units * per_unit].view(num_units, per_unit, -1)
     assert torch.cosine_similarity(units[1:], units[:-1], dim=-1).mean() < 0.9
 
 
@@ -221,10 +245,14 @@ def test_video_forward(checkpoint: Tiny) -> None:
             text_inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             logits = checkpoint.model(**text_inputs, mm_encoder_outputs=outputs).logits
         else:
-            token_id = checkpoint.processor.tokenizer.convert_tokens_to_ids(checkpoint.vendor.video)
-            assert torch.equal(batch["mm_token_type_ids"] == 2, batch["input_ids"] == token_id)
             logits = checkpoint.model(**batch).logits
-    assert TIMES[checkpoint.family] in checkpoint.processor.tokenizer.decode(batch["input_ids"][0])
+    if "mm_token_type_ids" in batch:
+        token = VIDEO_PLACES.get(checkpoint.family, checkpoint.processor.video_token)
+        is_video = batch["input_ids"] == checkpoint.processor.tokenizer.convert_tokens_to_ids(token)
+        assert torch.equal(batch["mm_token_type_ids"] == 2, is_video)
+    decoded = checkpoint.processor.tokenizer.decode(batch["input_ids"][0])
+    times = {time for time in TIME_IN_TEXT.values() if time in decoded}
+    assert times == {TIME_IN_TEXT[name] for name in (checkpoint.family,) if name in TIME_IN_TEXT}  # or it is elsewhere
     assert logits.shape == (*batch["input_ids"].shape, len(checkpoint.processor.tokenizer))
     assert logits.isfinite().all()
 
@@ -234,12 +262,12 @@ def test_image_tokens_match_features(checkpoint: Tiny, size: tuple[int, int]) ->
     image = Image.new("RGB", size, "red")
     text = checkpoint.text({"type": "image"}, QUESTION)
     batch = checkpoint.processor(text=[text], images=[image], return_tensors="pt")
-    grid = batch["image_grid_hw" if checkpoint.is_nemotron else "image_grid_thw"]
+    extra = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
     with torch.no_grad():
-        features = checkpoint.model.get_image_features(batch["pixel_values"], grid, return_dict=True).pooler_output[0]
-        logits = checkpoint.model(**batch).logits
-    assert checkpoint.count(batch, checkpoint.vendor.image) == len(features)
-    assert MIN_TOKENS <= len(features) <= MAX_TOKENS
+        out = checkpoint.model.get_image_features(batch["pixel_values"], **extra, return_dict=True)
+        features, logits = out.pooler_output[0], checkpoint.model(**batch).logits
+    assert checkpoint.count(batch, checkpoint.processor.image_token) == len(features)
+    assert MIN_TOKENS <= len(features) <= MAX_IMAGE_TOKENS[checkpoint.family]
     assert logits.isfinite().all()
 
 
@@ -282,9 +310,10 @@ def test_chat_template_keeps_the_prompt_as_prefix(checkpoint: Tiny, enable_think
         prompt = render(conversation[:turn], prompt=True)
         assert whole.startswith(prompt)
         assert whole[len(prompt) :].startswith(("Left.<|im_end|>\n", "Up.<|im_end|>\n"))
-    opening = ("<think>\n" if enable_thinking else "<think></think>") if checkpoint.is_nemotron else ""
+    opening = "" if not checkpoint.is_nemotron else "<think>\n" if enable_thinking else "<think></think>"
+    video = RENDERED_VIDEO[checkpoint.family]
     assert render([user], prompt=True) == (
-        f"<|im_start|>user\n{checkpoint.vendor.prompt}{QUESTION['text']}<|im_end|>\n<|im_start|>assistant\n{opening}"
+        f"<|im_start|>user\n{video}{QUESTION['text']}<|im_end|>\n<|im_start|>assistant\n{opening}"
     )
 
 

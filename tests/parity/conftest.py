@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from evs_train.config import TuningSection
 from evs_train.models import FAMILIES
+from evs_train.models.loading import apply_tuning
 from tests.parity.rig import Rig
 
 _RIGS: dict[str, Rig] = {}
@@ -58,6 +60,6 @@ def fresh(family: str, tiny_checkpoint: Callable[[str], Path], rows: Path, seed:
     rig = _RIGS[family]
     rig.reseed(seed)
     rig.model.train()
-    rig.model.requires_grad_(True)
+    apply_tuning(rig.model, rig.family, TuningSection(freeze=[]))
     rig.model.zero_grad(set_to_none=True)
     return rig

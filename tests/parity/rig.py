@@ -75,7 +75,9 @@ class Rig:
         return hook._attention(batch["plan"], batch["index"]["boundaries"], documents)
 
     def gradients(self) -> dict[str, Tensor | None]:
-        return {name: p.grad if p.grad is None else p.grad.clone() for name, p in self.model.named_parameters()}
+        """Gradients of all trained parameters."""
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return {name: p.grad if p.grad is None else p.grad.clone() for name, p in trained}
 
 
 def logits_of_rows(logits: Tensor, plan: BatchPlan) -> list[Tensor]:
@@ -101,6 +103,18 @@ def attention_mask(batch: dict[str, Any]) -> Tensor:
     mask = torch.zeros_like(batch["input_ids"]).flatten()
     mask[torch.cat([batch["index"]["always"], batch["index"]["video"]])] = 1
     return mask.view_as(batch["input_ids"])
+
+
+def plain_media(batch: dict[str, Any]) -> dict[str, Any]:
+    """Encoder inputs as the plain forward takes them: videos of one length stacked, where the family keeps a list."""
+    media: dict[str, Any] = batch["media"]
+    return {name: torch.stack(value) if isinstance(value, list) else value for name, value in media.items()}
+
+
+def plain_positions(batch: dict[str, Any]) -> Tensor:
+    """Positions as the plain forward takes them: (B, L) where they are 1-D."""
+    positions: Tensor = batch["position_ids"]
+    return positions[0] if len(positions) == 1 else positions
 
 
 def slow_retained(embeds: Tensor, rate: float) -> list[int]:
@@ -130,15 +144,18 @@ def kept_positions(rig: Rig, batch: dict[str, Any]) -> Tensor:
             encoded = rig.family.encode(rig.model, batch["media"], "video")
         places = batch["index"]["video"].split([planned.item.num_tokens for planned in plan.videos])
         for planned, features, where in zip(plan.videos, encoded, places, strict=True):
-            scored = rig.family.score_tensor(features)
+            scored = rig.family.score_tensor(features)[: planned.item.num_tokens]
             shaped = scored.view(planned.item.num_units, planned.item.tokens_per_unit, -1)
             kept[where[slow_retained(shaped, planned.pruning_rate)]] = True
     return kept.view_as(batch["input_ids"])
 
 
 def plain_forward_fails(rig: Rig, batch: dict[str, Any]) -> bool:
-    """GLM's forward fails for images beside videos (tests/test_upstream.py)."""
-    return rig.family.model_type.startswith("glm") and {"image_grid_thw", "video_grid_thw"} <= batch["media"].keys()
+    """GLM's fails for images beside videos (tests/test_upstream.py), LLaVA's for videos of different length."""
+    media, family = batch["media"], rig.family.model_type
+    if family == "llava_onevision":
+        return len({len(video) for video in media.get("pixel_values_videos", ())}) > 1
+    return family.startswith("glm") and {"image_grid_thw", "video_grid_thw"} <= media.keys()
 
 
 def unpruned_embeds(rig: Rig, batch: dict[str, Any]) -> Tensor:

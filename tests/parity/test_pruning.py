@@ -11,7 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evs_train.evs import select_tokens
+from evs_train.models import FAMILIES
 from evs_train.prune import EvsHook, compact
+from tests.parity.conftest import fresh
 from tests.parity.rig import (
     Rig,
     attention_mask,
@@ -19,6 +21,8 @@ from tests.parity.rig import (
     kept_positions,
     language_model_logits,
     plain_forward_fails,
+    plain_media,
+    plain_positions,
     supervised,
     unpruned_embeds,
 )
@@ -39,11 +43,11 @@ def test_dropping_equals_masking(attention_rig: Rig, rate: float) -> None:
     dropped, hook = rig.forward(batch)
 
     ids = batch["input_ids"]
-    inputs = {"attention_mask": attention_mask(batch) * kept, "position_ids": batch["position_ids"]}
+    inputs = {"attention_mask": attention_mask(batch) * kept, "position_ids": plain_positions(batch)}
     if plain_forward_fails(rig, batch):
         masked = language_model_logits(rig, unpruned_embeds(rig, batch), **inputs)
     else:
-        masked = rig.model(input_ids=ids, **inputs, **batch["media"]).logits
+        masked = rig.model(input_ids=ids, **inputs, **plain_media(batch)).logits
     assert not torch.equal(kept, attention_mask(batch).bool()), "nothing was pruned: the test would prove nothing"
     for row in range(len(ids)):
         length = batch["plan"].num_tokens[row]
@@ -89,7 +93,22 @@ def test_kept_tokens_are_those_of_the_slow_reference(rig: Rig, rate: float) -> N
         assert int(seen["attention_mask"][row].sum()) == length
         assert torch.equal(seen["input_ids"][row, :length], batch["input_ids"][row, kept[row]])
         if "position_ids" in batch:
-            assert torch.equal(seen["position_ids"][:, row, :length], batch["position_ids"][:, row, kept[row]])
+            positions = seen["position_ids"].view(-1, *seen["input_ids"].shape)
+            assert torch.equal(positions[:, row, :length], batch["position_ids"][:, row, kept[row]])
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "sequential" in FAMILIES[name].position_rules])
+def test_sequential_positions_number_the_kept_tokens(
+    family: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path
+) -> None:
+    rig = fresh(family, tiny_checkpoint, mixed_rows)
+    batch = rig.batch(ALL, 0.75, sequential=True)
+    kept = kept_positions(rig, batch)
+    seen = captured_inputs(rig, batch)
+    assert seen["position_ids"].shape == seen["input_ids"].shape
+    for row, length in enumerate(batch["plan"].num_tokens):
+        assert torch.equal(seen["input_ids"][row, :length], batch["input_ids"][row, kept[row]])
+        assert seen["position_ids"][row, :length].tolist() == list(range(length))
 
 
 def test_text_separators_and_images_all_stay(rig: Rig) -> None:

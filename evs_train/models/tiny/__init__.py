@@ -3,7 +3,7 @@
 A tiny checkpoint has the architecture, the special tokens, the processor classes and the file layout of its family, and
 about a million parameters. `AutoConfig`, `AutoProcessor` and `AutoModelForImageTextToText.from_pretrained` read it as
 they read the real one. A temporal unit becomes 16 to 36 tokens at the usual aspect ratios, whatever the video's size
-(GLM's alone depends on it: see `glm.py`).
+(GLM's depend on it: see `glm.py`; VideoLLaMA 3: of a clip with fewer or more frames than eight, more or fewer).
 
 Invariant: the files are a pure function of (family, seed, texts, dtype, this package, the transformers version); a
 directory holds one complete checkpoint or none (it is built beside its place, then renamed).
@@ -23,7 +23,7 @@ import torch
 import transformers as hf
 
 from evs_train.errors import ModelError
-from evs_train.models.tiny import glm, nemotron, qwen
+from evs_train.models.tiny import glm, llava_onevision, nemotron, qwen, video_llama_3
 
 STAMP_FILE = "tiny_checkpoint.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,6 +37,8 @@ TINY_FAMILIES: dict[str, Builder] = {
     "qwen3_5": qwen.qwen3_5,
     "glm4v": glm.glm4v,
     "glm46v": glm.glm46v,
+    "llava_onevision": llava_onevision.llava_onevision,
+    "video_llama_3": video_llama_3.video_llama_3,
     "nemotron_h_omni": nemotron.nemotron_h_omni,
 }
 # What is left to do to files that transformers does not write as the family's release has them.
@@ -44,6 +46,7 @@ FINISHES: dict[str, Callable[[Path], None]] = {
     "qwen3_vl_moe": qwen.turn_experts,
     "qwen2_5_vl": qwen.released_names,
     "qwen3_5": qwen.add_draft_head,
+    "llava_onevision": llava_onevision.released_names,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,14 @@ CONTEXT_LENGTH = 32768
 TEXT: dict[str, Any] = {
     "hidden_size": HIDDEN_SIZE, "intermediate_size": 2 * HIDDEN_SIZE, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": CONTEXT_LENGTH,
+}
+# Qwen2 and 2.5 know no `head_dim`. Positions count 0, 1, 2, ...
+QWEN2_TEXT: dict[str, Any] = {name: value for name, value in TEXT.items() if name != "head_dim"} | {
+    "model_type": "qwen2", "num_hidden_layers": 3,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+}
+QWEN2_TOKENIZER: dict[str, Any] = {
+    "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": CONTEXT_LENGTH,
 }
 # fmt: on
 
@@ -79,6 +88,20 @@ def train_bpe(texts: Iterable[str], special_tokens: list[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator([*CORPUS, *texts], trainer)
+    return tokenizer
+
+
+def qwen2_tokenizer(
+    texts: Iterable[str], special_tokens: list[str], kind: type = hf.Qwen2Tokenizer
+) -> hf.PreTrainedTokenizerBase:
+    """Tokenizer of the class that Qwen's text models have; `special_tokens` include its end and padding tokens."""
+    bpe = json.loads(train_bpe(texts, []).to_str())["model"]
+    tokenizer: hf.PreTrainedTokenizerBase = kind(
+        vocab=bpe["vocab"],
+        merges=[tuple(pair) for pair in bpe["merges"]],
+        extra_special_tokens=special_tokens,
+        **QWEN2_TOKENIZER,
+    )
     return tokenizer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from evs_train.models.tiny.common import (
-    CONTEXT_LENGTH,
     HIDDEN_SIZE,
     MAX_TOKENS,
     MERGE_SIZE,
@@ -23,7 +21,7 @@ from evs_train.models.tiny.common import (
     TOKEN_PIXELS,
     VISION_HIDDEN_SIZE,
     chat_template,
-    train_bpe,
+    qwen2_tokenizer,
     vocabulary,
 )
 
@@ -32,10 +30,6 @@ QWEN_SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 ]
-QWEN_TOKENIZER: dict[str, Any] = {
-    "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-    "extra_special_tokens": QWEN_SPECIAL_TOKENS, "model_max_length": CONTEXT_LENGTH,
-}
 QWEN3_TEXT: dict[str, Any] = TEXT | {
     "num_hidden_layers": 3,
     "rope_parameters": {"rope_theta": 500000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
@@ -78,20 +72,10 @@ EDGES = {"shortest_edge": MIN_TOKENS * TOKEN_PIXELS, "longest_edge": MAX_TOKENS 
 Tiny = tuple[hf.ProcessorMixin, hf.PreTrainedModel]
 
 
-def _tokenizer(texts: Iterable[str], kind: type = hf.Qwen2Tokenizer) -> hf.PreTrainedTokenizerBase:
-    bpe = json.loads(train_bpe(texts, []).to_str())["model"]
-    tokenizer: hf.PreTrainedTokenizerBase = kind(
-        vocab=bpe["vocab"],
-        merges=[tuple(pair) for pair in bpe["merges"]],
-        **QWEN_TOKENIZER,
-    )
-    return tokenizer
-
-
 def _qwen3_processor(texts: Iterable[str], tokenizer: type = hf.Qwen2Tokenizer) -> hf.ProcessorMixin:
     return hf.Qwen3VLProcessor(
         image_processor=hf.Qwen2VLImageProcessor(size=EDGES, **PIXELS),
-        tokenizer=_tokenizer(texts, tokenizer),
+        tokenizer=qwen2_tokenizer(texts, QWEN_SPECIAL_TOKENS, tokenizer),
         # A video's "edges" are pixels of the whole clip. The cap bounds each frame however many there are; from 128
         # frames on the clip's budget takes over and thins a frame to about MIN_TOKENS.
         video_processor=hf.Qwen3VLVideoProcessor(
@@ -164,7 +148,7 @@ def released_names(directory: Path) -> None:
 
 def qwen2_5_vl(texts: Iterable[str]) -> Tiny:
     """Qwen2.5-VL: m-RoPE in three sections, a three-layer vision tower with window attention in the first two."""
-    tokenizer = _tokenizer(texts)
+    tokenizer = qwen2_tokenizer(texts, QWEN_SPECIAL_TOKENS)
     processor = hf.Qwen2_5_VLProcessor(
         image_processor=hf.Qwen2VLImageProcessor(size=EDGES, **PIXELS),
         tokenizer=tokenizer,
