@@ -101,6 +101,16 @@ ENGINES: dict[str, dict[str, ServingLine]] = {
             ),
         ),
     },
+    "internvl": {
+        "vLLM": ServingLine(
+            engine="vLLM",
+            command="vllm serve $checkpoint",
+            reads="unsupported",
+            note="Serves dense: no pruning of InternVL was found in its sources.",
+        ),
+        "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of InternVL was found in its sources."),
+        "TensorRT-LLM": _TENSORRT_DENSE,
+    },
 }
 
 

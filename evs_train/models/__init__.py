@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evs_train.models.base import Family
+from evs_train.models.internvl import InternVL
 from evs_train.models.nemotron_h_omni import NemotronHOmni
 from evs_train.models.qwen2_5_vl import Qwen25VL
 from evs_train.models.qwen3_vl import Qwen3VL
@@ -13,4 +14,5 @@ FAMILIES: dict[str, type[Family]] = {
     "qwen3_vl_moe": Qwen3VLMoe,
     "qwen2_5_vl": Qwen25VL,
     "nemotron_h_omni": NemotronHOmni,
+    "internvl": InternVL,
 }

@@ -119,6 +119,13 @@ def reading_order(
     return tuple(next(remaining[kind_of[found]]) for found in re.findall(pattern, text))
 
 
+def expanded(text: str, texts: Mapping[str, Sequence[str]]) -> str:
+    """`text` with each placeholder replaced by the next of its `texts`; placeholders in those are left alone."""
+    remaining = {placeholder: iter(of_placeholder) for placeholder, of_placeholder in texts.items()}
+    pattern = "|".join(re.escape(placeholder) for placeholder in remaining)
+    return re.sub(pattern, lambda found: next(remaining[found[0]]), text)
+
+
 def frames_tensor(clip: Clip) -> Tensor:
     """Frames of a clip as processors take them: (F, H, W, 3) -> (F, 3, H, W) uint8."""
     return torch.from_numpy(clip.frames).permute(0, 3, 1, 2)

@@ -44,7 +44,11 @@ def load_config(path: str, revision: str | None = None) -> Any:
                 f"the architecture '{fields['model_type']}' of {path} is not supported",
                 f"supported: {', '.join(sorted(FAMILIES))}; docs/adding-a-family.md says how to add one",
             )
-        return AutoConfig.from_pretrained(path, revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        # InternVL's releases leave both out; the outer default of transformers 5.23 would tie their separate heads.
+        if "tie_word_embeddings" not in fields and config.get_text_config() is not config:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
+        return config
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(
             f"the checkpoint {path} cannot be read: {_reason(error)}", "check model.path and model.revision"
@@ -109,7 +113,8 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             f"the weights of {model.path} lack {len(missing)} tensor(s) of the model, the first being {missing[0]}",
             "the checkpoint is incomplete or of another architecture",
         )
-    loaded.config.use_cache = False
+    # The text model goes by its own config. Without a cache, transformers looks for documents where no mask is given.
+    loaded.config.use_cache = loaded.config.get_text_config().use_cache = False
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 records all renamings it knows under ZeRO-3, used or not, and saving would apply them all
         # in reverse: Qwen3-VL's layers would come out as `model.language_model.model.layers`.

@@ -49,6 +49,11 @@ MODULES: dict[str, dict[Part, list[str]]] = {
         "projector": ["multi_modal_projector"],
         "language_model": ["language_model"],
     },
+    "internvl": {
+        "vision": ["model.vision_tower"],
+        "projector": ["model.multi_modal_projector"],
+        "language_model": ["model.language_model", "lm_head"],
+    },
 }
 MODULES["qwen3_vl_moe"] = MODULES["qwen3_vl"]
 FREEZE_CHOICES = [list(parts) for size in range(len(PARTS)) for parts in itertools.combinations(PARTS, size)]
@@ -65,6 +70,9 @@ LORA_TARGETS: dict[tuple[str, Part], str] = {
     ("nemotron_h_omni", "vision"): "q_proj",  # a name that the language model has, too
     ("nemotron_h_omni", "projector"): "linear_1",
     ("nemotron_h_omni", "language_model"): "q_proj",
+    ("internvl", "vision"): "q_proj",  # a name that the language model has, too
+    ("internvl", "projector"): "linear_1",
+    ("internvl", "language_model"): "q_proj",
 }
 
 
@@ -195,6 +203,7 @@ def test_weights_are_the_files(tiny_checkpoint: Callable[[str], Path], family_na
     (match,) = [other for other in loaded if other.endswith(name.split("layers.")[-1]) and "language_model" in other]
     assert torch.equal(loaded[match], stored[name].to(torch.bfloat16))
     assert model.config.use_cache is False
+    assert model.config.get_text_config().use_cache is False  # else missing masks would go unnoticed
 
 
 def test_a_base_that_prunes_does_not_prune_while_training(

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.video_utils import VideoMetadata
 
 from evs_train.errors import ModelError
-from evs_train.models.tiny import STAMP_FILE, TINY_FAMILIES, build_tiny, nemotron, qwen
+from evs_train.models.tiny import STAMP_FILE, TINY_FAMILIES, build_tiny, internvl, nemotron, qwen
 from evs_train.models.tiny.common import MAX_TOKENS, MIN_TOKENS
 
 CLASSES = {
@@ -30,6 +30,7 @@ CLASSES = {
     "qwen3_vl_moe": ("Qwen3VLProcessor", "Qwen3VLMoeForConditionalGeneration"),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2_5_VLForConditionalGeneration"),
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3Processor", "NemotronH_Omni_Reasoning_V3"),
+    "internvl": ("InternVLProcessor", "InternVLForConditionalGeneration"),
 }
 QWEN_TOKEN_IDS = {
     "image_token_id": "<|image_pad|>",
@@ -38,6 +39,7 @@ QWEN_TOKEN_IDS = {
     "vision_end_token_id": "<|vision_end|>",
 }
 NEMOTRON_TOKEN_IDS = {"image_token_id": "<image>", "audio_token_id": "<so_embedding>"}
+INTERNVL_TOKEN_IDS = {"image_token_id": "<IMG_CONTEXT>"}
 QUESTION = {"type": "text", "text": "Which direction does the red square move?"}
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +51,10 @@ class Tiny:
     def __init__(self, family: str, path: Path) -> None:
         self.family = family
         self.is_qwen = family.startswith("qwen")
+        self.is_internvl = family == "internvl"
+        self.frames_per_unit = 1 if self.is_internvl else 2
+        self.image_token = "<|image_pad|>" if self.is_qwen else "<IMG_CONTEXT>" if self.is_internvl else "<image>"
+        self.video_token = "<|video_pad|>" if self.is_qwen else self.image_token  # what video features stand under
         self.path = path
         self.processor: Any = AutoProcessor.from_pretrained(path)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(path).eval()
@@ -69,13 +75,18 @@ class Tiny:
             text=[self.text({"type": "video"}, QUESTION)],
             videos=[frames],
             # Nemotron's processor reads the metadata of the one video it takes; Qwen's wants a list.
-            video_metadata=[metadata] if self.is_qwen else metadata,
+            video_metadata=metadata if self.family == "nemotron_h_omni" else [metadata],
             do_sample_frames=False,
             return_tensors="pt",
         )
 
     def video_features(self, batch: Any) -> torch.Tensor:
         """Features of the batch's one video, (num_tokens, D)."""
+        if self.is_internvl:
+            features: torch.Tensor = self.model.get_image_features(
+                batch["pixel_values"], return_dict=True
+            ).pooler_output
+            return features.flatten(0, 1)
         extra = [batch["video_grid_thw"]] if self.is_qwen else []
         out = self.model.get_video_features(batch["pixel_values_videos"], *extra, return_dict=True)
         return out.pooler_output[0] if self.is_qwen else out.pooler_output.flatten(0, 1)
@@ -101,7 +112,8 @@ def test_auto_classes_and_token_ids(checkpoint: Tiny) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     assert 600 <= len(tokenizer) <= 1000
     assert len(tokenizer) == config.get_text_config().vocab_size
-    for name, token in (QWEN_TOKEN_IDS if checkpoint.is_qwen else NEMOTRON_TOKEN_IDS).items():
+    others = INTERNVL_TOKEN_IDS if checkpoint.is_internvl else NEMOTRON_TOKEN_IDS
+    for name, token in (QWEN_TOKEN_IDS if checkpoint.is_qwen else others).items():
         assert getattr(config, name) == tokenizer.convert_tokens_to_ids(token), name
     generation = GenerationConfig.from_pretrained(checkpoint.path)
     for ids in (generation, config.get_text_config()):
@@ -116,6 +128,10 @@ def test_layers_cover_the_family(checkpoint: Tiny) -> None:
         assert len(checkpoint.model.model.visual.deepstack_merger_list) == 2
     elif checkpoint.family == "qwen2_5_vl":
         assert 0 < len(config.vision_config.fullatt_block_indexes) < config.vision_config.depth
+    elif checkpoint.is_internvl:
+        assert config.text_config.model_type == "qwen2"
+        assert config.text_config.rope_parameters["rope_type"] == "dynamic"
+        assert not checkpoint.model.all_tied_weights_keys
     else:
         assert set(config.text_config.layers_block_type) == {"linear_attention", "moe", "full_attention", "mlp"}
         assert config.audio_config is None
@@ -129,9 +145,10 @@ def test_tokenizer_knows_its_words_and_all_bytes(checkpoint: Tiny) -> None:
     text = "The ☃ said: 日本 <12.3 seconds>\n\tFrame 1 sampled at 0.50 seconds "
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer(" direction seconds square")["input_ids"]) == 3
-    specials = qwen.QWEN_SPECIAL_TOKENS if checkpoint.is_qwen else nemotron.NEMOTRON_SPECIAL_TOKENS
+    others = internvl.INTERNVL_SPECIAL_TOKENS if checkpoint.is_internvl else nemotron.NEMOTRON_SPECIAL_TOKENS
+    specials = qwen.QWEN_SPECIAL_TOKENS if checkpoint.is_qwen else others
     assert all(len(tokenizer(token)["input_ids"]) == 1 for token in specials)
-    assert "<video>" not in tokenizer.get_vocab()
+    assert ("<video>" in tokenizer.get_vocab()) == checkpoint.is_internvl
 
 
 def test_weights_round_trip_bit_for_bit(checkpoint: Tiny, tmp_path: Path) -> None:
@@ -147,11 +164,10 @@ def test_weights_round_trip_bit_for_bit(checkpoint: Tiny, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("num_frames", "height", "width"), [(8, 64, 64), (9, 96, 96), (4, 270, 480), (4, 480, 270)])
 def test_video_tokens_match_features(checkpoint: Tiny, num_frames: int, height: int, width: int) -> None:
     batch = checkpoint.video_batch(num_frames, height, width)
-    token = "<|video_pad|>" if checkpoint.is_qwen else "<image>"
     with torch.no_grad():
         features = checkpoint.video_features(batch)
-    num_units = math.ceil(num_frames / 2)
-    assert checkpoint.count(batch, token) == len(features)
+    num_units = math.ceil(num_frames / checkpoint.frames_per_unit)
+    assert checkpoint.count(batch, checkpoint.video_token) == len(features)
     assert MIN_TOKENS <= len(features) / num_units <= MAX_TOKENS
     # Random frames must not look alike, or selecting tokens by change would be meaningless.
     units = features.view(num_units, -1, features.shape[-1])
@@ -169,6 +185,9 @@ def test_video_forward(checkpoint: Tiny) -> None:
             assert ("<0.2 seconds>" in decoded) == checkpoint.family.startswith(
                 "qwen3_vl"
             )  # the others' time is elsewhere
+        elif checkpoint.is_internvl:
+            logits = checkpoint.model(**batch).logits
+            assert "\nFrame8: <img><IMG_CONTEXT>" in checkpoint.processor.tokenizer.decode(batch["input_ids"][0])
         else:
             outputs = {"video": BaseModelOutputWithPooling(pooler_output=(checkpoint.video_features(batch),))}
             text_inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -184,13 +203,13 @@ def test_image_tokens_match_features(checkpoint: Tiny, size: tuple[int, int]) ->
     image = Image.new("RGB", size, "red")
     text = checkpoint.text({"type": "image"}, QUESTION)
     batch = checkpoint.processor(text=[text], images=[image], return_tensors="pt")
-    grid = batch["image_grid_thw" if checkpoint.is_qwen else "image_grid_hw"]
+    grids = [batch[name] for name in ("image_grid_thw", "image_grid_hw") if name in batch]
     with torch.no_grad():
-        features = checkpoint.model.get_image_features(batch["pixel_values"], grid, return_dict=True).pooler_output[0]
-        logits = checkpoint.model(**batch).logits
-    token = "<|image_pad|>" if checkpoint.is_qwen else "<image>"
-    assert checkpoint.count(batch, token) == len(features)
-    assert MIN_TOKENS <= len(features) <= MAX_TOKENS
+        pooled = checkpoint.model.get_image_features(batch["pixel_values"], *grids, return_dict=True).pooler_output
+        logits = checkpoint.model(**{name: batch[name] for name in batch if name != "num_patches"}).logits
+    assert len(pooled) == (3 if checkpoint.is_internvl and size == (480, 270) else 1)  # two tiles and a thumbnail
+    assert checkpoint.count(batch, checkpoint.image_token) == sum(map(len, pooled))
+    assert MIN_TOKENS <= len(pooled[0]) <= MAX_TOKENS
     assert logits.isfinite().all()
 
 
@@ -233,8 +252,10 @@ def test_chat_template_keeps_the_prompt_as_prefix(checkpoint: Tiny, enable_think
         prompt = render(conversation[:turn], prompt=True)
         assert whole.startswith(prompt)
         assert whole[len(prompt) :].startswith(("Left.<|im_end|>\n", "Up.<|im_end|>\n"))
-    opening = "" if checkpoint.is_qwen else "<think>\n" if enable_thinking else "<think></think>"
+    thought = "<think>\n" if enable_thinking else "<think></think>"
+    opening = thought if checkpoint.family == "nemotron_h_omni" else ""
     video = "<|vision_start|><|video_pad|><|vision_end|>" if checkpoint.is_qwen else "<video>"
+    video += "\n" * checkpoint.is_internvl
     assert render([user], prompt=True) == (
         f"<|im_start|>user\n{video}{QUESTION['text']}<|im_end|>\n<|im_start|>assistant\n{opening}"
     )

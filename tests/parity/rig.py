@@ -62,6 +62,15 @@ def attention_mask(batch: dict[str, Any]) -> Tensor:
     return mask.view_as(batch["input_ids"])
 
 
+def plain_media(rig: Rig, batch: dict[str, Any]) -> dict[str, Any]:
+    """Encoder inputs as the plain forward takes them. InternVL's takes frames and tiles as one, in reading order."""
+    if rig.family.model_type != "internvl":
+        return dict(batch["media"])
+    images, videos = (iter(batch["media"].get(name, ())) for name in ("pixel_values", "pixel_values_videos"))
+    pixels = [next(videos if planned.item.kind == "video" else images) for planned in batch["plan"].items]
+    return {"pixel_values": torch.cat(pixels)} if pixels else {}
+
+
 def slow_retained(embeds: Tensor, rate: float) -> list[int]:
     """The EVS rule with plain loops, written from the formula. `embeds` (T, N, D)."""
     num_units, per_unit, _ = embeds.shape

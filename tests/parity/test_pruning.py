@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evs_train.evs import select_tokens
 from evs_train.prune import EvsHook, compact
-from tests.parity.rig import Rig, attention_mask, kept_positions, supervised
+from tests.parity.rig import Rig, attention_mask, kept_positions, plain_media, supervised
 
 RATES = (0.3, 0.75, 0.9)
 MIXED = ("two", "image", "text")
@@ -39,11 +39,12 @@ def test_dropping_equals_masking(attention_rig: Rig, rate: float) -> None:
     dropped, hook = rig.forward(batch)
 
     ids = batch["input_ids"]
+    positions = batch["position_ids"]  # (P, B, L)
     masked = rig.model(
         input_ids=ids,
         attention_mask=attention_mask(batch) * kept,
-        position_ids=batch["position_ids"],
-        **batch["media"],
+        position_ids=positions if len(positions) > 1 else positions[0],
+        **plain_media(rig, batch),
     )
     assert not torch.equal(kept, attention_mask(batch).bool()), "nothing was pruned: the test would prove nothing"
     for row in range(len(ids)):
@@ -62,7 +63,8 @@ def test_kept_tokens_are_those_of_the_slow_reference(rig: Rig, rate: float) -> N
         assert int(seen["attention_mask"][row].sum()) == length
         assert torch.equal(seen["input_ids"][row, :length], batch["input_ids"][row, kept[row]])
         if "position_ids" in batch:
-            assert torch.equal(seen["position_ids"][:, row, :length], batch["position_ids"][:, row, kept[row]])
+            positions = seen["position_ids"].reshape(-1, *seen["input_ids"].shape)  # (P, B, L'), whatever P is
+            assert torch.equal(positions[:, row, :length], batch["position_ids"][:, row, kept[row]])
 
 
 def test_text_separators_and_images_all_stay(rig: Rig) -> None:

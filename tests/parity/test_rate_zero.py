@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.rig import Rig, attention_mask
+from tests.parity.rig import Rig, attention_mask, plain_media
 
 BATCHES = [("two", "image", "text", "still", "both"), ("two",), ("still", "text"), ("image",), ("text",)]
 
@@ -50,11 +50,22 @@ def plain_nemotron(rig: Rig, batch: dict[str, Any]) -> Any:
     return out
 
 
+def plain_internvl(rig: Rig, batch: dict[str, Any]) -> Any:
+    """The forward of transformers on frames and tiles in reading order, positions computed by the model itself."""
+    return rig.model(
+        input_ids=batch["input_ids"],
+        labels=batch["labels"],
+        attention_mask=attention_mask(batch),
+        **plain_media(rig, batch),
+    )
+
+
 PLAIN = {
     "qwen3_vl": plain_qwen,
     "qwen3_vl_moe": plain_qwen,
     "qwen2_5_vl": plain_qwen,
     "nemotron_h_omni": plain_nemotron,
+    "internvl": plain_internvl,
 }
 
 
@@ -70,15 +81,21 @@ def test_rate_zero_equals_the_plain_forward(rig: Rig, names: tuple[str, ...], en
     pruned, _ = rig.forward(batch, encoder_trains=encoder_trains)
     pruned.loss.backward()
 
-    assert torch.equal(pruned.logits, plain.logits)
+    real = attention_mask(batch).bool()  # a model that counts positions itself goes on counting in the padding
+    assert torch.equal(pruned.logits[real], plain.logits[real])
     assert torch.equal(pruned.loss, plain.loss)
+    # InternVL's own forward encodes images and videos in one call. Two calls sum the same gradients in another order.
+    one_call = rig.family.model_type != "internvl" or len({planned.item.kind for planned in batch["plan"].items}) < 2
     for name, gradient in rig.gradients().items():
         reference = expected[name]
         if reference is None:  # the plain model never ran the tower; a blank medium gives it exact zeros
             assert gradient is None or not gradient.any(), name
         else:
             assert gradient is not None
-            assert torch.equal(gradient, reference), name
+            if one_call:
+                assert torch.equal(gradient, reference), name
+            else:
+                torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_every_trainable_parameter_gets_a_gradient_whatever_the_batch_holds(rig: Rig) -> None:

@@ -22,7 +22,7 @@ import torch
 import transformers as hf
 
 from evs_train.errors import ModelError
-from evs_train.models.tiny import nemotron, qwen
+from evs_train.models.tiny import internvl, nemotron, qwen
 
 STAMP_FILE = "tiny_checkpoint.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,11 +34,13 @@ TINY_FAMILIES: dict[str, Builder] = {
     "qwen3_vl_moe": qwen.qwen3_vl_moe,
     "qwen2_5_vl": qwen.qwen2_5_vl,
     "nemotron_h_omni": nemotron.nemotron_h_omni,
+    "internvl": internvl.internvl,
 }
 # What is left to do to files that transformers does not write as the family's release has them.
 FINISHES: dict[str, Callable[[Path], None]] = {
     "qwen3_vl_moe": qwen.turn_experts,
     "qwen2_5_vl": qwen.released_names,
+    "internvl": internvl.released_config,
 }
 
 
