@@ -134,8 +134,8 @@ class EvsHook:
         pruned |= self._attention(plan, batch["index"]["boundaries"], pruned.pop("documents"))
         self.labels = pruned["labels"]
         self.kept += [(p, chosen) for p, chosen in zip(plan.videos, selected, strict=True) if p.frames is not None]
-        outputs = self.family.encoder_outputs(features + blanks)
-        return args, {**kwargs, **pruned, "mm_encoder_outputs": outputs}
+        with self.autocast():
+            return args, self.family.forward_inputs(self.model, {**kwargs, **pruned}, features + blanks)
 
     def _select(self, planned: PlannedItem, features: Features) -> Tensor:
         scored = self.family.score_tensor(features) if self.engine_score else features[0]

@@ -58,6 +58,32 @@ _QWEN3_VL = {
     "SGLang": _SGLANG_DENSE,
     "TensorRT-LLM": _TENSORRT_DENSE,
 }
+_NEMOTRON = {
+    "vLLM": ServingLine(
+        engine="vLLM",
+        command="vllm serve $checkpoint --trust-remote-code --video-pruning-rate $rate",
+        reads="flag",
+        note=_VLLM_NOTE,
+    ),
+    "SGLang": ServingLine(
+        engine="SGLang",
+        command=(
+            "sglang serve --model-path $checkpoint --trust-remote-code"
+            """ --json-model-override-args '{"video_pruning_rate": $rate}'"""
+        ),
+        reads="config.json",
+        note="The override may be left out: then config.json's video_pruning_rate is used, which the export wrote.",
+    ),
+    "TensorRT-LLM": ServingLine(
+        engine="TensorRT-LLM",
+        command="trtllm-serve $checkpoint --trust_remote_code --video_pruning_rate $rate",
+        reads="flag",
+        note=(
+            "Does not read config.json. Releases before the flag take the environment variable"
+            " TLLM_VIDEO_PRUNING_RATIO; newer ones also multimodal_config.video_pruning_rate in the --config file."
+        ),
+    ),
+}
 # In `command`, $checkpoint and $rate are replaced.
 ENGINES: dict[str, dict[str, ServingLine]] = {
     "qwen3_vl": _QWEN3_VL,
@@ -75,32 +101,7 @@ ENGINES: dict[str, dict[str, ServingLine]] = {
         "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of Qwen2.5-VL was found in its sources."),
         "TensorRT-LLM": _TENSORRT_DENSE,
     },
-    "nemotron_h_omni": {
-        "vLLM": ServingLine(
-            engine="vLLM",
-            command="vllm serve $checkpoint --trust-remote-code --video-pruning-rate $rate",
-            reads="flag",
-            note=_VLLM_NOTE,
-        ),
-        "SGLang": ServingLine(
-            engine="SGLang",
-            command=(
-                "sglang serve --model-path $checkpoint --trust-remote-code"
-                """ --json-model-override-args '{"video_pruning_rate": $rate}'"""
-            ),
-            reads="config.json",
-            note="The override may be left out: then config.json's video_pruning_rate is used, which the export wrote.",
-        ),
-        "TensorRT-LLM": ServingLine(
-            engine="TensorRT-LLM",
-            command="trtllm-serve $checkpoint --trust_remote_code --video_pruning_rate $rate",
-            reads="flag",
-            note=(
-                "Does not read config.json. Releases before the flag take the environment variable"
-                " TLLM_VIDEO_PRUNING_RATIO; newer ones also multimodal_config.video_pruning_rate in the --config file."
-            ),
-        ),
-    },
+    "nemotron_h_omni": _NEMOTRON,
     "internvl": {
         "vLLM": ServingLine(
             engine="vLLM",
@@ -111,6 +112,7 @@ ENGINES: dict[str, dict[str, ServingLine]] = {
         "SGLang": replace(_SGLANG_DENSE, note="Serves dense: no pruning of InternVL was found in its sources."),
         "TensorRT-LLM": _TENSORRT_DENSE,
     },
+    "NemotronH_Nano_VL_V2": _NEMOTRON,
 }
 
 

@@ -24,8 +24,10 @@ from evs_train.samplers import build_sampler
 class Rig:
     """A tiny model of one family, its rows as examples by id, and batches of them at any rate."""
 
-    def __init__(self, checkpoint: Path, rows: Path, dtype: torch.dtype = torch.float32) -> None:
-        section = ModelSection(path=str(checkpoint), dtype="float32")
+    def __init__(
+        self, checkpoint: Path, rows: Path, dtype: torch.dtype = torch.float32, section: ModelSection | None = None
+    ) -> None:
+        section = section or ModelSection(path=str(checkpoint), dtype="float32")
         self.family = load_family(section, DataSection(rows=str(rows)))
         self.model: Any = load_weights(section, self.family.config, dtype)
         samples = read_rows([rows])
