@@ -53,7 +53,7 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
         raise ModelError(f"the checkpoint {path} does not exist", "model.path is a checkpoint directory or a hub name")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-        model_type = fields.get("model_type")
+        model_type = dict(fields).get("model_type")  # config.json may hold an empty list
         if model_type is not None and model_type not in _ADAPTERS:
             supported = f"supported: {', '.join(sorted(_ADAPTERS))}; docs/adding-a-family.md says how to add one"
             raise ModelError(
@@ -136,6 +136,13 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {model.path} cannot be loaded: {_reason(error)}") from error
+    except AttributeError as error:
+        if config.model_type not in REMOTE_FAMILIES:
+            raise
+        raise ModelError(
+            f"the code of {model.path} does not fit this version of transformers: {_reason(error)}",
+            "correct a copy in a directory; a model's __init__ must end with self.post_init()",
+        ) from error
     # transformers fills what the files lack with random numbers and only logs it.
     family, parameters = _ADAPTERS[config.model_type], {name for name, _ in loaded.named_parameters()}
     missing = sorted(name for name in info["missing_keys"] if name in parameters and part_of(name, family) is not None)

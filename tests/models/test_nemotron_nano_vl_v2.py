@@ -199,6 +199,16 @@ def test_code_of_further_repositories_is_read_from_the_cache_only(
     load_config(str(folder), trust_remote_code=True)
 
 
+def test_code_for_another_transformers_is_an_error_with_a_hint(checkpoint: Path, tmp_path: Path) -> None:
+    """The released code, as far as it was read, ends its `__init__` without `post_init`."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    code = (folder / "modeling.py").read_text(encoding="utf-8")
+    (folder / "modeling.py").write_text(code.replace("        self.post_init()\n", ""), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"^the code of .+ does not fit .+ 'all_tied_weights_keys'") as caught:
+        load_weights(section(folder), load_config(str(folder), None, True), torch.bfloat16)
+    assert "self.post_init()" in caught.value.hint
+
+
 # The adapter
 
 
