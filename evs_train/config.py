@@ -42,6 +42,10 @@ class ModelSection(Section):
 
     path: str = Field(description="directory or hub name of the base checkpoint")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    trust_remote_code: bool = Field(
+        False,
+        description="run code that comes with the checkpoint, for the few families that need it (adding-a-family.md)",
+    )
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="dtype of the computation, and of the scores: serve in the same one"
     )

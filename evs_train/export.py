@@ -119,7 +119,7 @@ def _trained_model(recipe: Recipe, final: Path, base: Path) -> PreTrainedModel:
             if header.get_dtype() in elements:
                 elements[header.get_dtype()] += math.prod(header.get_shape())
     dtype = _DTYPES[max(elements, key=lambda one: elements[one])]
-    config = load_config(str(base))
+    config = load_config(str(base), trust_remote_code=recipe.model.trust_remote_code)
     if recipe.tuning.method == "full":
         return load_weights(recipe.model.model_copy(update={"path": str(final), "revision": None}), config, dtype)
     model = load_weights(recipe.model.model_copy(update={"path": str(base), "revision": None}), config, dtype)

@@ -111,10 +111,10 @@ class EvsHook:
         if "plan" not in kwargs:
             return None
         batch: dict[str, Any] = {key: kwargs.pop(key) for key in INPUTS if key in kwargs}
-        return args, {**kwargs, **self.prune(batch, training=module.training)}
+        return args, self.prune(batch, module.training, **kwargs)
 
-    def prune(self, batch: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        """Arguments of the plain model's forward for a batch of `Collator` (on the device): encoded and pruned."""
+    def prune(self, batch: dict[str, Any], training: bool = False, **others: Any) -> dict[str, Any]:
+        """Arguments of the plain model's forward for a batch of `Collator` (on the device), beside `others`."""
         plan: BatchPlan = batch["plan"]
         with self.autocast():
             with self.stopwatch.section("encoder"):
@@ -138,7 +138,8 @@ class EvsHook:
         attention = self._attention(plan, batch["index"]["boundaries"], pruned.pop("documents"))
         self.labels = pruned["labels"]
         self.kept += [(p, chosen) for p, chosen in zip(plan.videos, selected, strict=True) if p.frames is not None]
-        return {**pruned, **attention, "mm_encoder_outputs": self.family.encoder_outputs(features + blanks)}
+        with self.autocast():
+            return self.family.forward_inputs(self.model, {**others, **pruned, **attention}, features + blanks)
 
     def _select(self, planned: PlannedItem, features: Features) -> Tensor:
         scored = self.family.score_tensor(features) if self.engine_score else features[0]

@@ -87,6 +87,27 @@ _NO_CLASS = _NOWHERE | {
         note="Serves dense, if at all: only its Transformers backend, which cannot prune, knows this architecture.",
     )
 }
+_NEMOTRON = {
+    "vLLM": replace(_VLLM, command="vllm serve $checkpoint --trust-remote-code --video-pruning-rate $rate"),
+    "SGLang": ServingLine(
+        engine="SGLang",
+        command=(
+            "sglang serve --model-path $checkpoint --trust-remote-code"
+            """ --json-model-override-args '{"video_pruning_rate": $rate}'"""
+        ),
+        reads="config.json",
+        note="The override may be left out: then config.json's video_pruning_rate is used, which the export wrote.",
+    ),
+    "TensorRT-LLM": ServingLine(
+        engine="TensorRT-LLM",
+        command="trtllm-serve $checkpoint --trust_remote_code --video_pruning_rate $rate",
+        reads="flag",
+        note=(
+            "Does not read config.json. Releases before the flag take the environment variable"
+            " TLLM_VIDEO_PRUNING_RATIO; newer ones also multimodal_config.video_pruning_rate in the --config file."
+        ),
+    ),
+}
 # In `command`, $checkpoint and $rate are replaced.
 ENGINES: dict[str, dict[str, ServingLine]] = {
     "qwen3_vl": _QWEN3_VL,
@@ -118,27 +139,8 @@ ENGINES: dict[str, dict[str, ServingLine]] = {
     "llava_onevision": _NOWHERE,
     "video_llama_3": _NO_CLASS,
     "internvl": _NOWHERE,
-    "nemotron_h_omni": {
-        "vLLM": replace(_VLLM, command="vllm serve $checkpoint --trust-remote-code --video-pruning-rate $rate"),
-        "SGLang": ServingLine(
-            engine="SGLang",
-            command=(
-                "sglang serve --model-path $checkpoint --trust-remote-code"
-                """ --json-model-override-args '{"video_pruning_rate": $rate}'"""
-            ),
-            reads="config.json",
-            note="The override may be left out: then config.json's video_pruning_rate is used, which the export wrote.",
-        ),
-        "TensorRT-LLM": ServingLine(
-            engine="TensorRT-LLM",
-            command="trtllm-serve $checkpoint --trust_remote_code --video_pruning_rate $rate",
-            reads="flag",
-            note=(
-                "Does not read config.json. Releases before the flag take the environment variable"
-                " TLLM_VIDEO_PRUNING_RATIO; newer ones also multimodal_config.video_pruning_rate in the --config file."
-            ),
-        ),
-    },
+    "nemotron_h_omni": _NEMOTRON,
+    "NemotronH_Nano_VL_V2": _NEMOTRON,
 }
 
 

@@ -182,6 +182,8 @@ class UptrainTrainer(Trainer):
     ) -> Any:
         plan: BatchPlan = inputs["plan"]
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.hook.family.averages_loss and num_items_in_batch is not None:
+            loss = loss * sum(plan.num_supervised) / num_items_in_batch
         with torch.no_grad():
             self.tally.add(plan, outputs["logits"], self.hook.labels)
         return (loss, outputs) if return_outputs else loss

@@ -123,7 +123,9 @@ class Run:
     def part_sizes(self) -> list[PartSize]:
         """What would be trained, without reading any weights."""
         with torch.device("meta"):
-            model = apply_tuning(without_weights(self.family.config), self.family, self.recipe.tuning)
+            model = apply_tuning(
+                without_weights(self.family.config, self.recipe.model.revision), self.family, self.recipe.tuning
+            )
         return part_sizes(model, self.family)
 
     def load_model(self) -> nn.Module:

@@ -44,6 +44,7 @@ class Family(ABC):
         shares_encoder: images and videos run through the same modules, so either one gives all of them a gradient.
         attention_only: tokens meet in attention and nowhere else, so dropping a token equals masking it, and rows can
             be packed. Recurrent layers see a shorter sequence instead, and take no borders between documents.
+        averages_loss: its forward returns the mean over a micro-batch and takes no count of the whole batch's tokens.
         position_rules: the values of `evs.positions` that this family has; see `Positions`.
     """
 
@@ -55,6 +56,7 @@ class Family(ABC):
     lora_note: ClassVar[str] = ""
     shares_encoder: ClassVar[bool]
     attention_only: ClassVar[bool] = True
+    averages_loss: ClassVar[bool] = False
     position_rules: ClassVar[tuple[Positions, ...]] = ("preserve",)
 
     def __init__(
@@ -103,6 +105,15 @@ class Family(ABC):
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         """`mm_encoder_outputs` for the forward, from the retained features of all media in reading order."""
 
+    def forward_inputs(
+        self, model: Any, inputs: dict[str, Any], features: Sequence[tuple[Kind, Features]]
+    ) -> dict[str, Any]:
+        """Arguments of the model's forward, from those it would be given without media and the retained features.
+
+        Default: `mm_encoder_outputs` beside them. A forward that knows no such argument gets `inputs_embeds`.
+        """
+        return {**inputs, "mm_encoder_outputs": self.encoder_outputs(features)}
+
     def score_tensor(self, features: Features) -> Tensor:
         """(num_tokens, D) tensor on which serving engines score this family. Default: the pooled embeddings."""
         return features[0]
@@ -127,6 +138,13 @@ def reading_order(
     kind_of = {placeholder: kind for kind, placeholder in placeholders.items()}
     pattern = "|".join(re.escape(placeholder) for placeholder in kind_of)
     return tuple(next(remaining[kind_of[found]]) for found in re.findall(pattern, text))
+
+
+def expanded(text: str, texts: Mapping[str, Sequence[str]]) -> str:
+    """`text` with each placeholder replaced by the next of its `texts`; placeholders in those are left alone."""
+    remaining = {placeholder: iter(of_placeholder) for placeholder, of_placeholder in texts.items()}
+    pattern = "|".join(re.escape(placeholder) for placeholder in remaining)
+    return re.sub(pattern, lambda found: next(remaining[found[0]]), text)
 
 
 def frames_tensor(clip: Clip) -> Tensor:

@@ -17,7 +17,14 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.video_utils import VideoMetadata
 
@@ -33,17 +40,24 @@ from evs_train.config import (
     TuningSection,
 )
 from evs_train.errors import ModelError, RecipeError
-from evs_train.models import FAMILIES
+from evs_train.models import FAMILIES, REMOTE_FAMILIES
 from evs_train.models.base import Family
+from evs_train.models.remote_code import check_remote_code
 
 _PEFT_PREFIX = "base_model.model."
+_ADAPTERS = FAMILIES | REMOTE_FAMILIES
+# Formats of models that are supported in another format.
+_OTHER_FORMATS = {
+    "NemotronH_Nano_Omni_Reasoning_V3": "this is NVIDIA's own format; transformers' (nemotron_h_omni) is supported",
+    "internvl_chat": "this is OpenGVLab's own format; transformers' (internvl), in repositories ...-hf, is supported",
+}
 
 
-def load_config(path: str, revision: str | None = None) -> Any:
+def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The checkpoint's configuration, for a supported architecture only.
 
     Raises:
-        ModelError: nothing readable is at `path`, or its architecture is not supported.
+        ModelError: nothing readable is at `path`, its architecture is not supported, or its code may not be run.
     """
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path} holds no config.json", "model.path is a checkpoint directory or a hub name")
@@ -51,16 +65,35 @@ def load_config(path: str, revision: str | None = None) -> Any:
         raise ModelError(f"the checkpoint {path} does not exist", "model.path is a checkpoint directory or a hub name")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-        if "model_type" in fields and fields["model_type"] not in FAMILIES:
+        model_type = dict(fields).get("model_type")  # config.json may hold an empty list
+        if model_type is not None and model_type not in _ADAPTERS:
+            supported = f"supported: {', '.join(sorted(_ADAPTERS))}; docs/adding-a-family.md says how to add one"
             raise ModelError(
-                f"the architecture '{fields['model_type']}' of {path} is not supported",
-                f"supported: {', '.join(sorted(FAMILIES))}; docs/adding-a-family.md says how to add one",
+                f"the architecture '{model_type}' of {path} is not supported", _OTHER_FORMATS.get(model_type, supported)
             )
-        return AutoConfig.from_pretrained(path, revision=revision)
+        if model_type in REMOTE_FAMILIES:
+            check_remote_code(path, revision, trust_remote_code, fields)
+        config = AutoConfig.from_pretrained(path, revision=revision, **_code_options(model_type, revision))
+        # InternVL's releases leave both out; the outer default of transformers 5.23 would tie their separate heads.
+        if model_type in FAMILIES and "tie_word_embeddings" not in fields and config.get_text_config() is not config:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
+        return config
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(
             f"the checkpoint {path} cannot be read: {_reason(error)}", "check model.path and model.revision"
         ) from error
+
+
+def _code_options(model_type: str | None, revision: str | None) -> dict[str, Any]:
+    """How transformers is told which code to run: of `REMOTE_FAMILIES` the pinned code, otherwise none but its own."""
+    if model_type in REMOTE_FAMILIES:
+        return {"trust_remote_code": True, "code_revision": revision}
+    return {"trust_remote_code": False}
+
+
+def _model_class(model_type: str) -> Any:
+    """The class of transformers that makes the model; remote code is registered for `AutoModel`."""
+    return AutoModel if model_type in REMOTE_FAMILIES else AutoModelForImageTextToText
 
 
 def _reason(error: Exception) -> str:
@@ -77,30 +110,39 @@ def load_family(model: ModelSection, data: DataSection, positions: Positions = "
         RecipeError: the family has no such rule for positions, or the processor does not take an option of
             `data.video_kwargs` or `data.image_kwargs`.
     """
-    config = load_config(model.path, model.revision)
-    rules = FAMILIES[config.model_type].position_rules
+    config = load_config(model.path, model.revision, model.trust_remote_code)
+    rules = _ADAPTERS[config.model_type].position_rules
     if positions not in rules:
         raise RecipeError(
             f"evs.positions: {positions} is not possible with {config.model_type}", f"it has {', '.join(rules)}"
         )
     try:
-        processor = AutoProcessor.from_pretrained(model.path, revision=model.revision)
+        options = _code_options(config.model_type, model.revision)
+        processor = AutoProcessor.from_pretrained(model.path, revision=model.revision, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the processor of {model.path} cannot be read: {_reason(error)}", "its files belong beside config.json"
         ) from error
     if processor.chat_template is None:
         raise ModelError(f"the processor of {model.path} has no chat template", "start from an instruction-tuned model")
+    if config.model_type in FAMILIES:
+        _check_options(processor, data)
+    return _ADAPTERS[config.model_type](config, processor, data.video_kwargs, data.image_kwargs, positions)
+
+
+def _check_options(processor: Any, data: DataSection) -> None:
+    """Raises RecipeError if the processor does not take the recipe's options of videos or images."""
     blank = torch.zeros(8, 3, 224, 224, dtype=torch.uint8)
     metadata = VideoMetadata(total_num_frames=8, fps=2.0, frames_indices=list(range(8)))
     video = {"videos": [blank], "video_metadata": [metadata], "do_sample_frames": False}
-    _try_options("data.video_kwargs", data.video_kwargs, processor.video_processor, video)
-    _try_options("data.image_kwargs", data.image_kwargs, processor.image_processor, {"images": [blank[0]]})
-    return FAMILIES[config.model_type](config, processor, data.video_kwargs, data.image_kwargs, positions)
+    if data.video_kwargs:
+        _try_options("data.video_kwargs", data.video_kwargs, processor.video_processor, video)
+    if data.image_kwargs:
+        _try_options("data.image_kwargs", data.image_kwargs, processor.image_processor, {"images": [blank[0]]})
 
 
 def _try_options(key: str, options: Mapping[str, Any], processor: Any, blank: Mapping[str, Any]) -> None:
-    """Run a blank video or image through `processor` with the recipe's `options`, if there are any.
+    """Run a blank video or image through `processor` with the recipe's `options`.
 
     It is known to work without them, so whatever is raised is theirs.
     """
@@ -113,11 +155,10 @@ def _try_options(key: str, options: Mapping[str, Any], processor: Any, blank: Ma
                 f"{key}.{option}: {name} has no such option" + (f"; did you mean {near[0]}?" if near else ""),
                 f"its options are {', '.join(known)}",
             )
-    if options:
-        try:
-            processor(**blank, **options, return_tensors="pt")
-        except Exception as error:
-            raise RecipeError(f"{key}: {name} does not take {dict(options)}: {_reason(error)}") from error
+    try:
+        processor(**blank, **options, return_tensors="pt")
+    except Exception as error:
+        raise RecipeError(f"{key}: {name} does not take {dict(options)}: {_reason(error)}") from error
 
 
 def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -130,25 +171,34 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
         config.video_pruning_rate = 0.0
     try:
         loaded: PreTrainedModel
-        loaded, info = AutoModelForImageTextToText.from_pretrained(
+        loaded, info = _model_class(config.model_type).from_pretrained(
             model.path,
             revision=model.revision,
             config=config,
             dtype=dtype,
             attn_implementation=model.attn_implementation,
             output_loading_info=True,
+            **_code_options(config.model_type, model.revision),
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the weights of {model.path} cannot be loaded: {_reason(error)}") from error
+    except AttributeError as error:
+        if config.model_type not in REMOTE_FAMILIES:
+            raise
+        raise ModelError(
+            f"the code of {model.path} does not fit this version of transformers: {_reason(error)}",
+            "correct a copy in a directory; a model's __init__ must end with self.post_init()",
+        ) from error
     # transformers fills what the files lack with random numbers and only logs it.
-    family, parameters = FAMILIES[config.model_type], {name for name, _ in loaded.named_parameters()}
+    family, parameters = _ADAPTERS[config.model_type], {name for name, _ in loaded.named_parameters()}
     missing = sorted(name for name in info["missing_keys"] if name in parameters and part_of(name, family) is not None)
     if missing:
         raise ModelError(
             f"the weights of {model.path} lack {len(missing)} tensor(s) of the model, the first being {missing[0]}",
             "the checkpoint is incomplete or of another architecture",
         )
-    # The language model reads the flag of its own section. A cache would also keep Mamba from its fused kernel.
+    # The text model goes by its own config. A cache would keep Mamba from its fused kernel, and hides a missing mask:
+    # transformers looks for documents only where there is neither.
     loaded.config.use_cache = loaded.config.get_text_config().use_cache = False
     if is_deepspeed_zero3_enabled():
         # transformers 5.23 records all renamings it knows under ZeRO-3, used or not, and saving would apply them all
@@ -157,10 +207,11 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
     return loaded
 
 
-def without_weights(config: Any) -> PreTrainedModel:
+def without_weights(config: Any, revision: str | None = None) -> PreTrainedModel:
     """The plain model with its shapes and names only (meta device): enough to count and to plan."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+        options = _code_options(config.model_type, revision)
+        model: PreTrainedModel = _model_class(config.model_type).from_config(config, **options)
     return model
 
 

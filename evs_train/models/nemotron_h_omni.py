@@ -10,7 +10,6 @@ The tower is called once per video, since clips differ in size.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from evs_train.config import Part
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
 from evs_train.data.video import Clip, video_metadata
-from evs_train.models.base import NO_ADAPTER_ON_EXPERTS, Family, Features, frames_tensor, reading_order
+from evs_train.models.base import NO_ADAPTER_ON_EXPERTS, Family, Features, expanded, frames_tensor, reading_order
 
 
 class NemotronHOmni(Family):
@@ -81,10 +80,7 @@ class NemotronHOmni(Family):
                 texts[placeholders["image"]].append(processor.replace_image_token(inputs, index))
                 items["image"].append(MediaItem("image", 1, height // merge, width // merge))
         order = reading_order(text, placeholders, items)
-        replacements = {placeholder: iter(expanded) for placeholder, expanded in texts.items()}
-        pattern = "|".join(re.escape(placeholder) for placeholder in replacements)
-        text = re.sub(pattern, lambda found: next(replacements[found[0]]), text)
-        ids = processor.tokenizer(text, return_tensors="pt")["input_ids"][0]
+        ids = processor.tokenizer(expanded(text, texts), return_tensors="pt")["input_ids"][0]
         return Prepared(ids, media, order, ids == self.config.image_token_id)
 
     def _video_item(self, shape: Sequence[int]) -> MediaItem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ HEADERS = dict.fromkeys(FAMILIES, "<|im_start|>assistant\n") | {
     "nemotron_h_omni": "<|im_start|>assistant\n<think></think>"
 }
 
-
-ONE_FRAME_UNITS = ("llava_onevision", "video_llama_3")  # the others' units are two frames
+FRAMES_PER_UNIT = dict.fromkeys(FAMILIES, 2) | {"internvl": 1, "llava_onevision": 1, "video_llama_3": 1}
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_media_of_a_mixed_row_are_in_reading_order(family: Family) -> None:
     clips, images = [clip(4), clip(9, side=96, seed=1)], [image(), image(64, 64)]
     example = build(family, row, clips, images, keep_frames=True)
     assert [item.kind for item in example.items] == ["video", "image", "video", "image"]
-    units = [4, 9] if family.model_type in ONE_FRAME_UNITS else [2, 5]
+    units = [math.ceil(frames / FRAMES_PER_UNIT[family.model_type]) for frames in (4, 9)]
     assert [item.num_units for item in example.items] == [units[0], 1, units[1], 1]
     assert [len(span) for span in example.spans] == [item.num_tokens for item in example.items]
     joined = torch.cat(example.spans)
@@ -256,7 +256,7 @@ def test_media_of_a_mixed_row_are_in_reading_order(family: Family) -> None:
 
 def media_mask(family: Family, example: Example) -> torch.Tensor:
     ids = [family.config.image_token_id]
-    if family.config.video_token_id is not None:
+    if getattr(family.config, "video_token_id", None) is not None:  # else frames stand under the image's placeholder
         ids.append(family.config.video_token_id)
     mask = torch.isin(example.input_ids, torch.tensor(ids))
     if family.model_type == "llava_onevision":  # the last placeholder of a video is its newline
@@ -294,7 +294,7 @@ def test_units_follow_from_frames(family: Family) -> None:
     row = sample(("user", [VIDEO, "a"]), ("assistant", ["b"]))
     for frames, units in ((2, 1), (3, 2), (8, 4), (9, 5)):
         (item,) = build(family, row, [clip(frames)]).items
-        assert item.num_units == (frames if family.model_type in ONE_FRAME_UNITS else units)
+        assert item.num_units == (units if FRAMES_PER_UNIT[family.model_type] == 2 else frames)
 
 
 def test_text_alone_has_no_media(family: Family) -> None:
@@ -304,10 +304,10 @@ def test_text_alone_has_no_media(family: Family) -> None:
 
 def test_frames_are_kept_only_on_demand(family: Family) -> None:
     row = sample(("user", [VIDEO, "a"]), ("assistant", ["b"]))
-    step = 1 if family.model_type in ONE_FRAME_UNITS else 2
     video = clip(4)
     assert build(family, row, [video]).frames == ()
     (frames,) = build(family, row, [video], keep_frames=True).frames
+    step = FRAMES_PER_UNIT[family.model_type]
     assert np.array_equal(frames, video.frames[::step])
     large = clip(4, side=THUMBNAIL_SIDE + 64)
     (frames,) = build(family, row, [large], keep_frames=True).frames

@@ -75,6 +75,11 @@ MODULES: dict[str, dict[Part, list[str]]] = {
         "projector": ["multi_modal_projector"],
         "language_model": ["language_model"],
     },
+    "internvl": {
+        "vision": ["model.vision_tower"],
+        "projector": ["model.multi_modal_projector"],
+        "language_model": ["model.language_model", "lm_head"],
+    },
 }
 MODULES["qwen3_vl_moe"] = MODULES["qwen3_vl"]
 MODULES["glm46v"] = MODULES["glm4v"]
@@ -108,6 +113,9 @@ LORA_TARGETS: dict[tuple[str, Part], str] = {
     ("nemotron_h_omni", "vision"): "q_proj",  # a name that the language model has, too
     ("nemotron_h_omni", "projector"): "linear_1",
     ("nemotron_h_omni", "language_model"): "q_proj",
+    ("internvl", "vision"): "q_proj",  # a name that the language model has, too
+    ("internvl", "projector"): "linear_1",
+    ("internvl", "language_model"): "q_proj",
 }
 
 
@@ -273,6 +281,8 @@ def test_weights_are_the_files(tiny_checkpoint: Callable[[str], Path], family_na
     name = next(name for name in stored if name.endswith("q_proj.weight"))
     (match,) = [other for other in loaded if other.endswith(name.split("layers.")[-1]) and "language_model" in other]
     assert torch.equal(loaded[match], stored[name].to(torch.bfloat16))
+    assert model.config.use_cache is False
+    assert model.config.get_text_config().use_cache is False  # else missing masks would go unnoticed
     with torch.no_grad():
         assert model.train()(input_ids=torch.arange(20, 60)[None]).past_key_values is None
 

@@ -27,6 +27,7 @@ from evs_train.models.tiny import (
     TINY_FAMILIES,
     build_tiny,
     glm,
+    internvl,
     llava_onevision,
     nemotron,
     qwen,
@@ -44,6 +45,7 @@ CLASSES = {
     "llava_onevision": ("LlavaOnevisionProcessor", "LlavaOnevisionForConditionalGeneration"),
     "video_llama_3": ("VideoLlama3Processor", "VideoLlama3ForConditionalGeneration"),
     "nemotron_h_omni": ("NemotronH_Omni_Reasoning_V3Processor", "NemotronH_Omni_Reasoning_V3"),
+    "internvl": ("InternVLProcessor", "InternVLForConditionalGeneration"),
 }
 QWEN_TOKEN_IDS = {
     "image_token_id": "<|image_pad|>",
@@ -64,22 +66,25 @@ TOKEN_IDS = dict.fromkeys(CLASSES, QWEN_TOKEN_IDS) | {
     **dict.fromkeys(GLM, GLM_TOKEN_IDS),
     "llava_onevision": {"image_token_id": "<image>", "video_token_id": "<video>"},
     "video_llama_3": {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    "internvl": {"image_token_id": "<IMG_CONTEXT>"},
     "nemotron_h_omni": {"image_token_id": "<image>", "audio_token_id": "<so_embedding>"},
 }
 SPECIAL_TOKENS = dict.fromkeys(CLASSES, qwen.QWEN_SPECIAL_TOKENS) | {
     **dict.fromkeys(GLM, glm.GLM_SPECIAL_TOKENS),
     "llava_onevision": llava_onevision.SPECIAL_TOKENS,
     "video_llama_3": video_llama_3.SPECIAL_TOKENS,
+    "internvl": internvl.INTERNVL_SPECIAL_TOKENS,
     "nemotron_h_omni": nemotron.NEMOTRON_SPECIAL_TOKENS,
 }
 RENDERED_VIDEO = dict.fromkeys(CLASSES, "<|vision_start|><|video_pad|><|vision_end|>") | {
     **dict.fromkeys(GLM, "<|begin_of_video|><|video|><|end_of_video|>"),
     "llava_onevision": "<video>",
     "video_llama_3": "<|video_pad|>",
+    "internvl": "<video>\n",
     "nemotron_h_omni": "<video>",
 }
 # The token that a video's places hold, where it is not the processor's `video_token`.
-VIDEO_PLACES = dict.fromkeys(GLM, "<|image|>") | {"nemotron_h_omni": "<image>"}
+VIDEO_PLACES = dict.fromkeys(GLM, "<|image|>") | {"internvl": "<IMG_CONTEXT>", "nemotron_h_omni": "<image>"}
 # In the text of a video of eight frames, two per second. The others have no time, or it is in the positions.
 TIME_IN_TEXT = {
     "qwen3_vl": "<0.2 seconds>",
@@ -88,15 +93,17 @@ TIME_IN_TEXT = {
     "glm4v": "<|end_of_image|>3<|end_of_video|>",
     "glm46v": "<|end_of_image|>1.0 seconds<|begin_of_image|>",
     "video_llama_3": "Time 0.0s:<|video_pad|>",
+    "internvl": "\nFrame8: <img><IMG_CONTEXT>",
     "nemotron_h_omni": "Frame 3 sampled at 1.00 seconds and frame 4 sampled at 1.50 seconds: <img>",
 }
-FRAMES_PER_UNIT = dict.fromkeys(CLASSES, 2) | {"llava_onevision": 1, "video_llama_3": 1}
+FRAMES_PER_UNIT = dict.fromkeys(CLASSES, 2) | {"llava_onevision": 1, "video_llama_3": 1, "internvl": 1}
 BUDGET_FRAMES = dict.fromkeys(CLASSES, 1) | {
     **dict.fromkeys(GLM, glm.CLIP_FRAMES),
     "video_llama_3": video_llama_3.BUDGET_FRAMES,
 }
 MAX_IMAGE_TOKENS = dict.fromkeys(CLASSES, MAX_TOKENS) | {  # the whole image, four tiles, a newline behind every line
-    "llava_onevision": 5 * llava_onevision.PATCHES + 14
+    "llava_onevision": 5 * llava_onevision.PATCHES + 14,
+    "internvl": 3 * MAX_TOKENS,  # two tiles and a thumbnail
 }
 # What the encoder is given beside pixels.
 VIDEO_INPUTS = ("video_grid_thw", "video_merge_sizes")
@@ -139,6 +146,9 @@ class Tiny:
 
     def video_features(self, batch: Any) -> torch.Tensor:
         """Features of the batch's one video, (num_tokens, D)."""
+        if self.family == "internvl":  # frames go through the image entry
+            frames: torch.Tensor = self.model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output
+            return frames.flatten(0, 1)
         extra = {name: batch[name] for name in VIDEO_INPUTS if name in batch}
         out = self.model.get_video_features(batch["pixel_values_videos"], **extra, return_dict=True)
         return out.pooler_output.flatten(0, 1) if self.is_nemotron else out.pooler_output[0]
@@ -193,6 +203,10 @@ def test_layers_cover_the_family(checkpoint: Tiny) -> None:
         processor = checkpoint.processor
         assert processor.video_processor.use_token_compression
         assert (processor.video_processor.merge_size, processor.image_processor.merge_size) == (2, 1)
+    elif checkpoint.family == "internvl":
+        assert config.text_config.model_type == "qwen2"
+        assert config.text_config.rope_parameters["rope_type"] == "dynamic"
+        assert not checkpoint.model.all_tied_weights_keys
     else:
         assert set(config.text_config.layers_block_type) == {"linear_attention", "moe", "full_attention", "mlp"}
         assert config.audio_config is None
@@ -263,9 +277,10 @@ def test_image_tokens_match_features(checkpoint: Tiny, size: tuple[int, int]) ->
     text = checkpoint.text({"type": "image"}, QUESTION)
     batch = checkpoint.processor(text=[text], images=[image], return_tensors="pt")
     extra = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
+    inputs = {name: value for name, value in batch.items() if name != "num_patches"}
     with torch.no_grad():
         out = checkpoint.model.get_image_features(batch["pixel_values"], **extra, return_dict=True)
-        features, logits = out.pooler_output[0], checkpoint.model(**batch).logits
+        features, logits = torch.cat(list(out.pooler_output)), checkpoint.model(**inputs).logits
     assert checkpoint.count(batch, checkpoint.processor.image_token) == len(features)
     assert MIN_TOKENS <= len(features) <= MAX_IMAGE_TOKENS[checkpoint.family]
     assert logits.isfinite().all()

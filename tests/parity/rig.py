@@ -24,8 +24,10 @@ from evs_train.samplers import build_sampler
 class Rig:
     """A tiny model of one family, its rows as examples by id, and batches of them at any rate."""
 
-    def __init__(self, checkpoint: Path, rows: Path, dtype: torch.dtype = torch.float32) -> None:
-        section = ModelSection(path=str(checkpoint), dtype="float32")
+    def __init__(
+        self, checkpoint: Path, rows: Path, dtype: torch.dtype = torch.float32, section: ModelSection | None = None
+    ) -> None:
+        section = section or ModelSection(path=str(checkpoint), dtype="float32")
         self.family = load_family(section, DataSection(rows=str(rows)))
         self.model: Any = load_weights(section, self.family.config, dtype)
         self.seed = 0
@@ -105,10 +107,17 @@ def attention_mask(batch: dict[str, Any]) -> Tensor:
     return mask.view_as(batch["input_ids"])
 
 
-def plain_media(batch: dict[str, Any]) -> dict[str, Any]:
-    """Encoder inputs as the plain forward takes them: videos of one length stacked, where the family keeps a list."""
+def plain_media(rig: Rig, batch: dict[str, Any]) -> dict[str, Any]:
+    """Encoder inputs as the plain forward takes them: videos of one length stacked, where the family keeps a list.
+
+    InternVL's takes frames and tiles as one, in reading order.
+    """
     media: dict[str, Any] = batch["media"]
-    return {name: torch.stack(value) if isinstance(value, list) else value for name, value in media.items()}
+    if rig.family.model_type != "internvl":
+        return {name: torch.stack(value) if isinstance(value, list) else value for name, value in media.items()}
+    images, videos = (iter(media.get(name, ())) for name in ("pixel_values", "pixel_values_videos"))
+    pixels = [next(videos if planned.item.kind == "video" else images) for planned in batch["plan"].items]
+    return {"pixel_values": torch.cat(pixels)} if pixels else {}
 
 
 def plain_positions(batch: dict[str, Any]) -> Tensor:

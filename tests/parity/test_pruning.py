@@ -47,7 +47,7 @@ def test_dropping_equals_masking(attention_rig: Rig, rate: float) -> None:
     if plain_forward_fails(rig, batch):
         masked = language_model_logits(rig, unpruned_embeds(rig, batch), **inputs)
     else:
-        masked = rig.model(input_ids=ids, **inputs, **plain_media(batch)).logits
+        masked = rig.model(input_ids=ids, **inputs, **plain_media(rig, batch)).logits
     assert not torch.equal(kept, attention_mask(batch).bool()), "nothing was pruned: the test would prove nothing"
     for row in range(len(ids)):
         length = batch["plan"].num_tokens[row]

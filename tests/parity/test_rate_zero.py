@@ -8,7 +8,14 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from tests.parity.rig import Rig, attention_mask, language_model_logits, plain_forward_fails, unpruned_embeds
+from tests.parity.rig import (
+    Rig,
+    attention_mask,
+    language_model_logits,
+    plain_forward_fails,
+    plain_media,
+    unpruned_embeds,
+)
 
 BATCHES = [("two", "image", "text", "still", "both"), ("two",), ("still", "text"), ("image",), ("text",)]
 
@@ -95,7 +102,10 @@ def pooled(features: Any) -> BaseModelOutputWithPooling:
 def plain(rig: Rig, batch: dict[str, Any]) -> Any:
     """The forward of transformers on the processor's own outputs, which counts positions by itself."""
     return rig.model(
-        input_ids=batch["input_ids"], labels=batch["labels"], attention_mask=attention_mask(batch), **batch["media"]
+        input_ids=batch["input_ids"],
+        labels=batch["labels"],
+        attention_mask=attention_mask(batch),
+        **plain_media(rig, batch),
     )
 
 
@@ -109,6 +119,7 @@ PLAIN = {
     "llava_onevision": plain_llava,
     "video_llama_3": plain,
     "nemotron_h_omni": plain_nemotron,
+    "internvl": plain,
 }
 
 
@@ -137,13 +148,18 @@ def equals_the_plain_forward(rig: Rig, names: tuple[str, ...], encoder_trains: b
     real = attention_mask(batch).bool()  # behind a row's end the plain forward may count positions on
     assert torch.equal(pruned.logits[real], plain.logits[real])
     assert torch.equal(pruned.loss, plain.loss)
+    # InternVL's own forward encodes images and videos in one call. Two calls sum the same gradients in another order.
+    one_call = rig.family.model_type != "internvl" or len({planned.item.kind for planned in batch["plan"].items}) < 2
     for name, gradient in rig.gradients().items():
         reference = expected[name]
         if reference is None:  # the plain model never ran the tower; a blank medium gives it exact zeros
             assert gradient is None or not gradient.any(), name
         else:
             assert gradient is not None
-            assert torch.equal(gradient, reference), name
+            if one_call:
+                assert torch.equal(gradient, reference), name
+            else:
+                torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_every_trainable_parameter_gets_a_gradient_whatever_the_batch_holds(rig: Rig) -> None:

@@ -23,7 +23,7 @@ import torch
 import transformers as hf
 
 from evs_train.errors import ModelError
-from evs_train.models.tiny import glm, llava_onevision, nemotron, qwen, video_llama_3
+from evs_train.models.tiny import glm, internvl, llava_onevision, nemotron, qwen, video_llama_3
 
 STAMP_FILE = "tiny_checkpoint.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,6 +40,7 @@ TINY_FAMILIES: dict[str, Builder] = {
     "llava_onevision": llava_onevision.llava_onevision,
     "video_llama_3": video_llama_3.video_llama_3,
     "nemotron_h_omni": nemotron.nemotron_h_omni,
+    "internvl": internvl.internvl,
 }
 # What is left to do to files that transformers does not write as the family's release has them.
 FINISHES: dict[str, Callable[[Path], None]] = {
@@ -47,6 +48,7 @@ FINISHES: dict[str, Callable[[Path], None]] = {
     "qwen2_5_vl": qwen.released_names,
     "qwen3_5": qwen.add_draft_head,
     "llava_onevision": llava_onevision.released_names,
+    "internvl": internvl.released_config,
 }
 
 
