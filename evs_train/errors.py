@@ -8,6 +8,7 @@ Anything else that escapes is a defect of this package and keeps its traceback.
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 
 class EvsTrainError(Exception):
@@ -37,8 +38,20 @@ class DataError(EvsTrainError):
     """A row of a data file is malformed or contradicts itself."""
 
 
+Reason = Literal[
+    "missing", "not a file", "no permission", "empty", "not a video", "not an image", "truncated", "damaged",
+    "no video stream", "no frames", "no timestamps", "timeout", "crash", "out of memory", "too large", "too long",
+    "undecodable",
+]  # fmt: skip
+"""Why a media file cannot be used; what quarantine and metrics count by."""
+
+
 class MediaError(EvsTrainError):
-    """A video or image file is missing or cannot be decoded."""
+    """A video or image file is missing or cannot be decoded, for one of a few named reasons."""
+
+    def __init__(self, message: str, hint: str = "", reason: Reason = "undecodable") -> None:
+        super().__init__(message, hint)
+        self.reason = reason
 
 
 class ModelError(EvsTrainError):
