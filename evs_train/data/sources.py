@@ -29,7 +29,7 @@ class FrameList:
 
 
 Source = str | TarMember | FrameList
-"""A video: a path (a file, or a folder of frame images), a tar member, or a list of frames. An image: a path or member."""
+"""A video: a path (a file, or a folder of frame images), a tar member or a list of frames. An image: path or member."""
 
 
 def name_of(source: Source) -> str:
