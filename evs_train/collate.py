@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from evs_train import evs
-from evs_train.data.chat import IGNORE_INDEX, Example, Media, MediaItem
+from evs_train.data.chat import Example, Media, MediaItem
+from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import EvsTrainError
 from evs_train.samplers import RateSampler, cap_rate
 

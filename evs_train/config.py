@@ -77,6 +77,9 @@ class DataSection(Section):
     video_kwargs: dict[str, Any] = Field(default_factory=dict, description="options of the video processor")
     image_kwargs: dict[str, Any] = Field(default_factory=dict, description="options of the image processor")
     template_kwargs: dict[str, Any] = Field(default_factory=dict, description="variables of the chat template")
+    supervise: Literal["all", "last"] = Field(
+        "all", description="train on every answer, or on the last: for templates that rewrite earlier answers"
+    )
     max_length: int | None = Field(
         None, ge=1, description="refuse samples longer than this many tokens before pruning; nothing is truncated"
     )

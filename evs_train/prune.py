@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from evs_train import evs
 from evs_train.collate import BatchPlan, PlannedItem
-from evs_train.data.chat import IGNORE_INDEX, Kind, Media
+from evs_train.data.chat import Kind, Media
+from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.base import Family, Features
 from evs_train.timing import Stopwatch
 

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from evs_train.collate import BatchPlan
 from evs_train.config import OptimSection
-from evs_train.data.chat import IGNORE_INDEX
+from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.loading import parameter_groups
 from evs_train.prune import EvsHook
 

@@ -108,6 +108,7 @@ class Run:
             seed=recipe.seed,
             template_kwargs=recipe.data.template_kwargs,
             max_length=recipe.data.max_length,
+            last_only=recipe.data.supervise == "last",
             verify=recipe.data.verify,
             picture_draws=self._picture_draws(),
         )

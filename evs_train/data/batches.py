@@ -47,6 +47,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
 
     Attributes:
         num_draws: length of the run in draws (steps * global batch).
+        last_only: train on the last answer of each row alone.
         verify: check each video from end to end before its first use.
         picture_draws: draws whose frames are kept in the example, for pictures of what is pruned.
     """
@@ -58,6 +59,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
     seed: int
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+    last_only: bool = False
     verify: bool = True
     picture_draws: frozenset[int] = frozenset()
 
@@ -81,5 +83,6 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
             draw=draw,
             template_kwargs=self.template_kwargs,
             max_length=self.max_length,
+            last_only=self.last_only,
             keep_frames=draw in self.picture_draws,
         )

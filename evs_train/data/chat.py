@@ -1,12 +1,10 @@
 """Conversations to `input_ids` and `labels`, with the place of every media token.
 
 A chat template renders the conversation, the model family's adapter expands each placeholder into its media tokens, and
-the assistant's turns are found again in the expanded ids. A turn is located by its own token sequence, header included,
-and by how often the same text stands before it, so nothing is assumed about how a processor expands placeholders, and a
-template that cannot be followed is an error instead of a wrong label.
+the assistant's turns are found again in the expanded ids (`template.py`).
 
 Invariant: supervised tokens are never media tokens, and there is at least one in every example.
-Cost: three renderings and one tokenization per assistant turn, beside the processor's own work.
+Cost: that of `template.py`, beside the processor's own work.
 """
 
 from __future__ import annotations
@@ -19,11 +17,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
 
 from evs_train.data.manifest import Sample
+from evs_train.data.template import IGNORE_INDEX, Renderer, as_the_template_reads, assistant_turns, label_turns, render
 from evs_train.data.video import Clip
 from evs_train.errors import DataError
 
@@ -31,7 +29,6 @@ Kind = Literal["video", "image"]
 Media = dict[str, Any]
 """Inputs of the vision encoder by name: tensors, or lists of tensors where sizes differ."""
 
-IGNORE_INDEX = -100
 THUMBNAIL_SIDE = 320
 
 
@@ -70,10 +67,8 @@ class Prepared:
     media_mask: Tensor
 
 
-class SampleEncoder(Protocol):
+class SampleEncoder(Renderer, Protocol):
     """What this module needs of a family's adapter (see `models/base.py`)."""
-
-    processor: Any
 
     def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared: ...
 
@@ -106,21 +101,6 @@ class Example:
     frames: tuple[np.ndarray, ...] = ()
 
 
-@dataclass(frozen=True)
-class Turn:
-    """An assistant's turn in the rendered text.
-
-    Attributes:
-        header: what prompts it, such as "<|im_start|>assistant" and a newline.
-        answer: what is trained on, the end-of-turn token included.
-        earlier: how often header + answer stands before the turn: in a like turn, or written out in a user's text.
-    """
-
-    header: str
-    answer: str
-    earlier: int
-
-
 def build_example(
     sample: Sample,
     clips: Sequence[Clip],
@@ -131,22 +111,30 @@ def build_example(
     template_kwargs: Mapping[str, Any],
     max_length: int | None,
     keep_frames: bool = False,
+    last_only: bool = False,
 ) -> Example:
     """Render, expand, tokenize and label one sample whose media are decoded.
+
+    Args:
+        last_only: train on the last answer alone. Templates of thinking models render earlier ones otherwise than
+            generation saw them.
 
     Raises:
         DataError: the template cannot be followed, a placeholder is lost, or the sample is longer than `max_length`
             tokens (it is refused, never cut: a cut inside a video breaks the match of tokens and features).
     """
-    messages = list(sample.messages)
-    prepared = _prepare(sample, clips, images, encoder, template_kwargs)
+    messages = as_the_template_reads(sample, encoder, template_kwargs, last_only)
+    turns = assistant_turns(encoder, messages, template_kwargs, sample.source, last_only=last_only)
+    text = render(encoder, messages, template_kwargs, sample.source)
+    if messages[-1]["role"] == "assistant" and not text.rstrip().endswith(turns[-1].answer):
+        text = text.rstrip() + encoder.end_of_turn
+    prepared = _prepare(sample, text, clips, images, encoder)
     ids = prepared.input_ids
     if max_length is not None and len(ids) > max_length:
         raise DataError(
             f"{sample.source}: {len(ids)} tokens before pruning, above data.max_length = {max_length}",
             "sample fewer frames (data.fps, data.num_frames, data.max_frames) or raise data.max_length",
         )
-    turns = assistant_turns(encoder.processor, messages, template_kwargs, sample.source)
     labels = label_turns(ids, turns, encoder.processor.tokenizer, sample.source)
     if bool((labels[prepared.media_mask] != IGNORE_INDEX).any()):
         raise DataError(f"{sample.source}: an answer contains media", "media belong in the user's turns")
@@ -163,21 +151,16 @@ def build_prompt(
     template_kwargs: Mapping[str, Any],
 ) -> Example:
     """A conversation up to where the assistant's answer begins, without labels. Raises DataError as `build_example`."""
-    prepared = _prepare(sample, clips, images, encoder, template_kwargs, add_generation_prompt=True)
+    messages = as_the_template_reads(sample, encoder, template_kwargs, last_only=True)
+    text = render(encoder, messages, template_kwargs, sample.source, add_generation_prompt=True)
+    prepared = _prepare(sample, text, clips, images, encoder)
     return _example(sample, prepared, encoder, torch.full_like(prepared.input_ids, IGNORE_INDEX), draw=0)
 
 
 def _prepare(
-    sample: Sample,
-    clips: Sequence[Clip],
-    images: Sequence[Image],
-    encoder: SampleEncoder,
-    template_kwargs: Mapping[str, Any],
-    *,
-    add_generation_prompt: bool = False,
+    sample: Sample, text: str, clips: Sequence[Clip], images: Sequence[Image], encoder: SampleEncoder
 ) -> Prepared:
     processor = encoder.processor
-    text = _render(processor, sample.messages, template_kwargs, sample.source, add_generation_prompt)
     for token, count in ((processor.video_token, len(clips)), (processor.image_token, len(images))):
         if text.count(token) != count:
             raise DataError(
@@ -198,87 +181,6 @@ def _example(sample: Sample, prepared: Prepared, encoder: SampleEncoder, labels:
         items=prepared.items,
         spans=_spans(prepared, sample.source),
     )
-
-
-def assistant_turns(
-    processor: Any, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any], source: str
-) -> list[Turn]:
-    """Header and answer of every assistant's turn, read off the template by rendering up to and past the turn."""
-    turns = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if index == 0:
-            raise DataError(f"{source}: the conversation starts with the assistant", "a user's turn must come first")
-        before = _render(processor, messages[:index], template_kwargs, source)
-        prompt = _render(processor, messages[:index], template_kwargs, source, add_generation_prompt=True)
-        after = _render(processor, messages[: index + 1], template_kwargs, source)
-        if not (prompt.startswith(before) and after.startswith(prompt)):
-            raise DataError(
-                f"{source}: the chat template renders turn {index + 1} unlike the prompt that generation would see",
-                "set data.template_kwargs (such as enable_thinking: false) so that prompt + answer is the rendering",
-            )
-        header, answer = prompt[len(before) :], after[len(prompt) :].rstrip()
-        turns.append(Turn(header, answer, earlier=before.count(header + answer)))
-    return turns
-
-
-def label_turns(input_ids: Tensor, turns: Sequence[Turn], tokenizer: Any, source: str) -> Tensor:
-    """Labels that train on the answers of `turns` and on nothing else.
-
-    Args:
-        input_ids: (L,) int64 with placeholders expanded.
-
-    Returns:
-        (L,) int64, a copy of `input_ids` in the answers (end-of-turn token included), `IGNORE_INDEX` elsewhere.
-
-    Raises:
-        DataError: a turn's tokens are not found in `input_ids`, or nothing would be supervised.
-    """
-    ids = input_ids.numpy()
-    labels = np.full_like(ids, IGNORE_INDEX)
-    for number, turn in enumerate(turns, start=1):
-        encoded = tokenizer(turn.header + turn.answer, add_special_tokens=False, return_offsets_mapping=True)
-        block = np.asarray(encoded["input_ids"], dtype=ids.dtype)
-        # A token that begins in the header but ends in the answer is part of what generation must produce.
-        supervised = np.asarray([end > len(turn.header) for _, end in encoded["offset_mapping"]])
-        start = _find(ids, block, turn.earlier)
-        if start is None:
-            raise DataError(
-                f"{source}: the tokens of assistant turn {number} are not found in the rendered conversation",
-                "the chat template changes earlier turns; see data.template_kwargs",
-            )
-        labels[start : start + len(block)][supervised] = block[supervised]
-    if not (labels != IGNORE_INDEX).any():
-        raise DataError(f"{source}: no token would be trained on", "the answers are empty")
-    return torch.from_numpy(labels)
-
-
-def _find(ids: np.ndarray, block: np.ndarray, earlier: int) -> int | None:
-    """Where `block` stands in `ids` after `earlier` other, not overlapping places."""
-    end = 0
-    for begin in np.flatnonzero(ids[: len(ids) - len(block) + 1] == block[0]).tolist():
-        if begin >= end and np.array_equal(ids[begin : begin + len(block)], block):
-            if earlier == 0:
-                return int(begin)
-            earlier, end = earlier - 1, begin + len(block)
-    return None
-
-
-def _render(
-    processor: Any,
-    messages: Sequence[Mapping[str, Any]],
-    template_kwargs: Mapping[str, Any],
-    source: str,
-    add_generation_prompt: bool = False,
-) -> str:
-    try:
-        text: str = processor.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-        )
-    except TemplateError as error:
-        raise DataError(f"{source}: the chat template refuses the conversation: {error}") from error
-    return text
 
 
 def _thumbnails(clips: Sequence[Clip], items: Sequence[MediaItem]) -> tuple[np.ndarray, ...]:

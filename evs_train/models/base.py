@@ -41,6 +41,7 @@ class Family(ABC):
         lora_targets: default names of the linear layers that get adapters.
         lora_refused: names of linear layers that must not get one, each with the reason.
         lora_note: what a run with adapters on the language model says at its start: which weights they do not reach.
+        end_of_turn: what ends an answer where the release's chat template writes nothing behind it.
         shares_encoder: images and videos run through the same modules, so either one gives all of them a gradient.
         attention_only: tokens meet in attention and nowhere else, so dropping a token equals masking it, and rows can
             be packed. Recurrent layers see a shorter sequence instead, and take no borders between documents.
@@ -54,6 +55,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     lora_refused: ClassVar[Mapping[str, str]] = {}
     lora_note: ClassVar[str] = ""
+    end_of_turn: ClassVar[str] = ""
     shares_encoder: ClassVar[bool]
     attention_only: ClassVar[bool] = True
     averages_loss: ClassVar[bool] = False
@@ -77,6 +79,10 @@ class Family(ABC):
     def pad_token_id(self) -> int:
         tokenizer = self.processor.tokenizer
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+    def normalized(self, text: str) -> str:
+        """A rendered conversation in which answers open as generation's prompt does. Default: as it is."""
+        return text
 
     @abstractmethod
     def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:

@@ -16,9 +16,8 @@ GLM-4.6V-Flash comes with this architecture and GLM-4.6V's processor (read: zai-
 processor's class). The downsampling convolution, which takes the tower's width to the language model's, belongs to the
 projector. The gate and up layers of an MLP are one (`gate_up_proj`). No engine was found that prunes this family.
 
-What this family cannot do: learn where an answer ends. The release's template (read: as quoted in SGLang's tests) has
-no end-of-turn token; generation stops at the next `<|user|>`. Answers are trained up to their last word, unless a
-row's answer ends with that token itself.
+The release's template (read: as quoted in SGLang's tests) writes nothing behind an answer, and generation stops at the
+next `<|user|>`; so that token ends every answer here, the last one included.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ class Glm4v(QwenVL):
         "vision": ("model.visual.",),
         "language_model": ("model.language_model.", "lm_head."),
     }
+    end_of_turn: ClassVar[str] = "<|user|>"
     lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:

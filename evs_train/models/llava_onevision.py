@@ -11,6 +11,9 @@ the videos' lengths, and each video then gets the newline behind its own tokens.
 An image alone in its row is cut into tiles ("anyres", with a newline behind each line of tokens); several images in a
 row are one tile each. `batch_num_images` (images of each row that has some) tells the model which is which.
 
+The release's template opens an answer with "assistant", a blank and a newline, and the prompt without the blank (read:
+as quoted in other projects); `normalized` leaves it out of both. It puts a turn's images first, then its videos.
+
 What this family cannot do: tell times. `vision_feature_layer` is taken to be -1, as in the releases; the tower's last
 norm comes behind that layer and never gets a gradient, so it is frozen.
 """
@@ -48,6 +51,9 @@ class LlavaOnevision(Family):
     )  # fmt: skip
     shares_encoder: ClassVar[bool] = True
     position_rules: ClassVar[tuple[Positions, ...]] = ("preserve", "sequential")
+
+    def normalized(self, text: str) -> str:
+        return text.replace("<|im_start|>assistant \n", "<|im_start|>assistant\n")
 
     def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
         # Without `return_tensors`: videos and tiled images differ in length, and a list cannot be stacked.

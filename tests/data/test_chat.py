@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from PIL import Image
 
 from evs_train.config import DataSection, ModelSection
-from evs_train.data.chat import IGNORE_INDEX, THUMBNAIL_SIDE, Example, MediaItem, build_example
+from evs_train.data.chat import THUMBNAIL_SIDE, Example, MediaItem, build_example, build_prompt
 from evs_train.data.manifest import Sample
+from evs_train.data.template import IGNORE_INDEX
 from evs_train.data.video import Clip, video_metadata
 from evs_train.errors import DataError
 from evs_train.models import FAMILIES
@@ -171,7 +173,7 @@ def test_the_conversation_must_start_with_a_user(family: Family) -> None:
         build(family, sample(("assistant", ["Hi."]), ("user", ["Hi."])))
 
 
-def with_template(checkpoint: Path, change: Callable[[str], str]) -> Family:
+def changed_template(checkpoint: Path, change: Callable[[str], str]) -> Family:
     """The tiny Qwen3-VL with another chat template."""
     family = _family(checkpoint)
     family.processor.chat_template = change(family.processor.chat_template)
@@ -183,7 +185,7 @@ TALK = sample(("user", ["a"]), ("assistant", ["One."]), ("user", ["b"]), ("assis
 
 def test_a_template_that_adds_to_the_answer_is_refused(tiny_checkpoint: Callable[[str], Path]) -> None:
     prompt = "'<|im_start|>assistant\\n'"
-    family = with_template(
+    family = changed_template(
         tiny_checkpoint("qwen3_vl"), lambda text: text.replace(prompt, "'<|im_start|>assistant\\n<think>'")
     )
     with pytest.raises(DataError, match=rf"^{SOURCE}: the chat template renders turn 2 unlike the prompt") as caught:
@@ -193,16 +195,16 @@ def test_a_template_that_adds_to_the_answer_is_refused(tiny_checkpoint: Callable
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tiny_checkpoint: Callable[[str], Path]) -> None:
     last_only = "{%- for message in (messages if messages|length < 3 else messages[2:]) -%}"
-    family = with_template(
+    family = changed_template(
         tiny_checkpoint("qwen3_vl"),
         lambda text: text.replace("{%- for message in messages -%}", last_only),
     )
-    with pytest.raises(DataError, match=rf"^{SOURCE}: the tokens of assistant turn 1 are not found"):
+    with pytest.raises(DataError, match=rf"^{SOURCE}: the chat template leaves out what turn 2 says"):
         build(family, TALK)
 
 
 def test_a_template_that_refuses_the_conversation(tiny_checkpoint: Callable[[str], Path]) -> None:
-    family = with_template(
+    family = changed_template(
         tiny_checkpoint("qwen3_vl"), lambda text: "{{- raise_exception('roles must alternate') -}}" + text
     )
     with pytest.raises(DataError, match=rf"^{SOURCE}: the chat template refuses the conversation: roles must"):
@@ -321,6 +323,104 @@ def test_thinking_template_is_refused_or_followed(families: dict[str, Family]) -
     decode = family.processor.tokenizer.decode
     assert [decode(example.labels[a:b]) for a, b in runs(example.labels)] == ["Yes." + END] * 2
     assert all(decode(example.input_ids[:a]).endswith("assistant\n<think>\n") for a, _ in runs(example.labels))
+
+
+CLIP_TALK = sample(
+    ("user", [VIDEO, "Is it red?"]), ("assistant", ["Yes."]), ("user", ["Sure?"]), ("assistant", ["Yes."])
+)
+
+
+UNANSWERED = replace(CLIP_TALK, messages=CLIP_TALK.messages[:3])
+
+
+@pytest.fixture
+def with_template(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str, str], Family]:
+    """A family with another chat template, of its own."""
+    return lambda name, template: changed_template(tiny_checkpoint(name), lambda _: template)
+
+
+# As GLM-4.1V's release: answers are printed as they are given, a list as a list, and nothing ends them.
+GLM_LIKE = """[gMASK]<sop>
+{%- for turn in messages -%}
+<|{{ turn.role }}|>{{ '\n' }}
+{%- if turn.role == 'user' and turn.content is not string -%}
+{%- for part in turn.content -%}
+{{ '<|begin_of_video|><|video|><|end_of_video|>' if part.type == 'video' else part.text }}
+{%- endfor -%}
+{%- else -%}{{ turn.content }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{{ '\n' }}{%- endif -%}"""
+
+
+@pytest.mark.parametrize("name", ["glm4v", "glm46v"])
+def test_glm_learns_to_stop_after_every_answer(with_template: Callable[[str, str], Family], name: str) -> None:
+    family = with_template(name, GLM_LIKE)
+    example = build(family, CLIP_TALK, [clip(4)])
+    decode = family.processor.tokenizer.decode
+    supervised = [decode(example.labels[a:b]) for a, b in runs(example.labels)]
+    assert supervised == ["Yes.<|user|>"] * 2
+    assert decode(example.input_ids).endswith("<|assistant|>\nYes.<|user|>")
+    assert decode(example.input_ids).count("<|user|>") == 3
+    prompt = build_prompt(
+        replace(CLIP_TALK, messages=CLIP_TALK.messages[:3]), [clip(4)], [], family, template_kwargs={}
+    )
+    assert decode(prompt.input_ids).endswith("Yes.<|user|>\nSure?<|assistant|>\n")
+    start = runs(example.labels)[1][0]
+    assert torch.equal(prompt.input_ids, example.input_ids[:start])  # what generation sees is what was trained on
+
+
+# As LLaVA-OneVision's release: a blank behind the role, which the prompt of generation does not have; media first.
+LLAVA_LIKE = """{%- for turn in messages -%}
+<|im_start|>{{ turn.role }}{{ ' ' }}
+{%- for part in turn.content if part.type == 'video' -%}<video>{%- endfor -%}
+{%- for part in turn.content if part.type == 'text' -%}{{ '\n' + part.text }}{%- endfor -%}
+<|im_end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"""
+
+
+def test_llava_answers_open_as_generation_opens_them(with_template: Callable[[str, str], Family]) -> None:
+    family = with_template("llava_onevision", LLAVA_LIKE)
+    example = build(family, CLIP_TALK, [clip(4)])
+    assert answers(family, example) == ["Yes.<|im_end|>"] * 2
+    prompt = build_prompt(
+        replace(CLIP_TALK, messages=CLIP_TALK.messages[:3]), [clip(4)], [], family, template_kwargs={}
+    )
+    assert torch.equal(prompt.input_ids, example.input_ids[: runs(example.labels)[1][0]])
+
+
+# As those of thinking models: only the last answer keeps the (empty) thought that the prompt opens with.
+THINKING = """{%- for turn in messages -%}
+<|im_start|>{{ turn.role }}{{ '\n' }}
+{%- if turn.role == 'assistant' and loop.last -%}<think></think>{%- endif -%}
+{%- for part in turn.content -%}
+{{ '<|vision_start|><|video_pad|><|vision_end|>' if part.type == 'video' else part.text }}
+{%- endfor -%}
+<|im_end|>{{ '\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}<think></think>{%- endif -%}"""
+
+
+def test_the_last_answer_alone_where_earlier_ones_are_rewritten(with_template: Callable[[str, str], Family]) -> None:
+    family = with_template("qwen3_vl", THINKING)
+    with pytest.raises(DataError, match=r"turn 2 are not found.*data\.supervise"):
+        build(family, CLIP_TALK, [clip(4)])
+    example = build(family, CLIP_TALK, [clip(4)], last_only=True)
+    decode = family.processor.tokenizer.decode
+    ((start, end),) = runs(example.labels)
+    assert decode(example.labels[start:end]) == "Yes.<|im_end|>"
+    assert decode(example.input_ids[:start]).endswith("assistant\n<think></think>")
+
+
+def test_what_the_row_says_must_be_in_the_rendering(with_template: Callable[[str, str], Family]) -> None:
+    """A template that drops a system prompt, or prints a list of parts, would train on something else."""
+    drops = THINKING.replace("for turn in messages", "for turn in messages if turn.role != 'system'")
+    row = sample(("system", ["Be brief."]), ("user", ["What?"]), ("assistant", ["That."]))
+    with pytest.raises(DataError, match=r"leaves out what turn 1 says: 'Be brief\.'"):
+        build(with_template("qwen3_vl", drops), row)
+    prints = GLM_LIKE.replace("turn.content }}", "turn.content | string | upper }}")
+    with pytest.raises(DataError, match=r"leaves out what turn 2 says: 'That\.'"):
+        build(with_template("glm4v", prints), sample(("user", ["What?"]), ("assistant", ["That."])))
 
 
 @pytest.mark.parametrize(("num_frames", "side"), [(1, 64), (2, 64), (7, 96), (16, 80)])

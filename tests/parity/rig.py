@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from evs_train.collate import BatchPlan, Collator
 from evs_train.config import DataSection, ModelSection
 from evs_train.data.batches import TrainingStream
-from evs_train.data.chat import IGNORE_INDEX, Example
+from evs_train.data.chat import Example
 from evs_train.data.manifest import read_rows
+from evs_train.data.template import IGNORE_INDEX
 from evs_train.data.video import FrameSampling
 from evs_train.models.loading import load_family, load_weights
 from evs_train.prune import KINDS, EvsHook, compact
