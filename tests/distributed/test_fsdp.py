@@ -37,6 +37,7 @@ def sharded(
     return of
 
 
+@pytest.mark.capability("FSDP2", "yes")
 @pytest.mark.xdist_group("distributed")
 def test_two_sharded_processes_give_the_steps_of_one(
     family_name: str,

@@ -51,8 +51,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.capability("LoRA reaches", "linear layers of the language model")
 @pytest.mark.parametrize("parts", [("language_model",), PARTS], ids="+".join)
-def test_adapters_train_and_nothing_else(family_name: str, tuned: Tuned, parts: tuple[Part, ...]) -> None:
+def test_adapters_train_and_nothing_else(
+    family_name: str, tuned: Tuned, parts: tuple[Part, ...], record_property: Callable[[str, object], None]
+) -> None:
     wanted: set[str] = {LORA_TARGETS[family_name, part] for part in parts}
     lora = LoraSection(r=4, parts=list(parts), targets=None if parts == ("language_model",) else sorted(wanted))
     model, rig = tuned(TuningSection(method="lora", lora=lora))
@@ -76,6 +79,9 @@ def test_adapters_train_and_nothing_else(family_name: str, tuned: Tuned, parts: 
         optimizer.step()
         optimizer.zero_grad()
     assert losses[2] < losses[1] < losses[0]
+    assert not any(".experts." in name for name in adapters)
+    reached = "tower and projector" if parts == PARTS else "linear layers of the language model"
+    record_property("cell", f"{reached} except routed experts" if rig.family.lora_note and parts != PARTS else reached)
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], tensor) for name, tensor in base.items())
 
