@@ -212,6 +212,19 @@ def test_float32_scores_are_an_option(
     assert not torch.equal(chosen[False], chosen[True])
 
 
+def test_mixed_precision_chooses_in_its_dtype(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 weights under bfloat16 autocast: a layer that promotes, as LLaVA's newline does, must not upcast scores."""
+    scored: list[torch.dtype] = []
+
+    def noted(embeds: Tensor, pruning_rate: float) -> Tensor:
+        scored.append(embeds.dtype)
+        return select_tokens(embeds, pruning_rate)
+
+    monkeypatch.setattr("evs_train.evs.select_tokens", noted)
+    rig.forward(rig.batch(("two", "both"), 0.5), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert scored == [torch.bfloat16] * 3
+
+
 def test_the_mask_is_always_explicit(rig: Rig) -> None:
     """Without one, transformers takes the position gaps of pruned video for boundaries of packed documents."""
     seen = captured_inputs(rig, rig.batch(("two",), 0.75))
