@@ -213,7 +213,7 @@ def test_float32_scores_are_an_option(
 
 
 def test_mixed_precision_chooses_in_its_dtype(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 weights under bfloat16 autocast: a layer that promotes, as LLaVA's newline does, must not upcast scores."""
+    """float32 weights under bfloat16 autocast: what promotes features, as LLaVA's newline, must not upcast scores."""
     scored: list[torch.dtype] = []
 
     def noted(embeds: Tensor, pruning_rate: float) -> Tensor:
