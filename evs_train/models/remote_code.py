@@ -55,7 +55,7 @@ def check_remote_code(path: str, revision: str | None, trusted: bool, fields: Ma
 
 
 def _other_repositories(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Repositories that any `auto_map` names, here or in a nested config: `owner/name--module.Class`, or lists of it."""
+    """Repositories that any `auto_map` names, nested ones too: `owner/name--module.Class`, or lists of such."""
     for key, value in fields.items():
         if key == "auto_map" and isinstance(value, Mapping):
             yield from re.findall(r"([\w./-]+?)--", str(list(value.values())))
