@@ -144,7 +144,11 @@ class EvsHook:
 
     def _select(self, planned: PlannedItem, features: Features) -> Tensor:
         scored = self.family.score_tensor(features) if self.engine_score else features[0]
-        scored = scored.float() if self.float32_score else scored
+        device = scored.device.type
+        if self.float32_score:
+            scored = scored.float()
+        elif torch.is_autocast_enabled(device):  # joined to a float32 weight, as LLaVA's newline, features are float32
+            scored = scored.to(torch.get_autocast_dtype(device))
         item = planned.item
         grids = scored[: item.num_tokens].view(item.num_units, item.tokens_per_unit, -1)
         return evs.select_tokens(grids, planned.pruning_rate)

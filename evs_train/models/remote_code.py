@@ -2,12 +2,14 @@
 
 Invariant: no code of a checkpoint runs unless the recipe trusts it (`model.trust_remote_code`), an adapter knows the
 architecture, and the files cannot change: they lie in a directory, or the revision is a full commit hash. A config may
-send transformers to further repositories, whose revision nothing pins; it is then read from the local cache only.
+send transformers to further repositories, whose revision nothing pins; it is then read from the local cache only. So
+may the processor's files of a directory; those of a hub name ask any repository for the pinned commit.
 Cost: none. What it cannot do: judge the code.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +33,7 @@ def check_remote_code(path: str, revision: str | None, trusted: bool, fields: Ma
 
     Raises:
         ModelError: the recipe does not trust the code, or it is not pinned.
+        ValueError: a JSON file of the directory is torn.
     """
     if not trusted:
         raise ModelError(
@@ -42,7 +45,8 @@ def check_remote_code(path: str, revision: str | None, trusted: bool, fields: Ma
             f"model.trust_remote_code: the code of {path} is not pinned (model.revision: {revision})",
             "set model.revision to a commit's full hash of 40 digits, or model.path to a directory",
         )
-    others = sorted({name for name in _other_repositories(fields) if name != path})
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(path).glob("*_config.json"))]
+    others = sorted({name for one in (fields, *files) for name in _other_repositories(one) if name != path})
     if others and not is_offline_mode():
         raise ModelError(
             f"model.trust_remote_code: the config of {path} runs code of {', '.join(others)}, which nothing pins",
@@ -51,9 +55,9 @@ def check_remote_code(path: str, revision: str | None, trusted: bool, fields: Ma
 
 
 def _other_repositories(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Repositories named by any `auto_map`, here or in a nested config: `owner/name--module.Class`."""
+    """Repositories that any `auto_map` names, nested ones too: `owner/name--module.Class`, or lists of such."""
     for key, value in fields.items():
         if key == "auto_map" and isinstance(value, Mapping):
-            yield from (str(target).split("--")[0] for target in value.values() if "--" in str(target))
+            yield from re.findall(r"([\w./-]+?)--", str(list(value.values())))
         elif isinstance(value, Mapping):
             yield from _other_repositories(value)

@@ -31,7 +31,7 @@ from evs_train.models.tiny.common import chat_template, train_bpe
 from evs_train.models.tiny.nemotron import NEMOTRON_TEXT, NEMOTRON_TOKENIZER
 from evs_train.uptrain import Run
 from tests.parity.rig import Rig, attention_mask, kept_positions
-from tests.runs import arguments, metrics, recipe_of
+from tests.runs import STILL, arguments, metrics, recipe_of
 
 CODE = Path(__file__).parent / "stand_in"
 COMMIT = "cb5a65ff10232128389d882d805fa609427544f1"
@@ -199,6 +199,18 @@ def test_code_of_further_repositories_is_read_from_the_cache_only(
     load_config(str(folder), trust_remote_code=True)
 
 
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json", "tokenizer_config.json"])
+def test_the_processor_s_files_are_looked_at_too(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    folder = changed(checkpoint, tmp_path)
+    fields = json.loads((folder / file).read_text())
+    write(folder / file, fields | {"auto_map": {"AutoTokenizer": [None, "some-one/else--code.Fast"]}})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match=r"runs code of some-one/else, which nothing pins"):
+        load_config(str(folder), trust_remote_code=True)
+
+
 def test_code_for_another_transformers_is_an_error_with_a_hint(checkpoint: Path, tmp_path: Path) -> None:
     """The released code, as far as it was read, ends its `__init__` without `post_init`."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
@@ -286,6 +298,23 @@ def test_kept_tokens_are_those_of_the_slow_reference(rig: Rig, rate: float) -> N
 
 
 # A run
+
+
+def test_accumulation_does_not_change_the_loss(checkpoint: Path, mixed_rows: Path, tmp_path: Path) -> None:
+    """Its forward averages over a micro-batch; rows of one step differ in their number of supervised tokens."""
+    trust = {"model__trust_remote_code": True, "model__dtype": "bfloat16", "model__attn_implementation": "eager"}
+    losses = []
+    for size in (4, 1):
+        options = {
+            "train__batch_size": size,
+            "train__grad_accumulation": 4 // size,
+            "train__steps": 2,
+            **trust,
+            **STILL,
+        }
+        Run(recipe_of(arguments(checkpoint, mixed_rows, tmp_path / str(size), **options))).train()
+        losses.append([line["loss"] for line in metrics(tmp_path / str(size))])
+    assert losses[1] == pytest.approx(losses[0], rel=3e-4)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evs_train.config import DataSection, ModelSection
 from evs_train.data.chat import Prepared
@@ -86,6 +87,17 @@ def test_engine_positions_go_on_behind_the_width(
         inside, unshifted = positions[:, span], preserved[:, span]
         assert torch.equal(inside - inside[:, :1], unshifted - unshifted[:, :1])
     assert torch.equal(positions, preserved) == (size == (64, 96))
+
+
+def test_engine_positions_count_images_like_videos(tiny_checkpoint: Callable[[str], Path], family: Family) -> None:
+    section = ModelSection(path=str(tiny_checkpoint("qwen2_5_vl")))
+    engine = load_family(section, DataSection(rows="unused.json"), "engine")
+    high = engine.prepare("a<|vision_start|><|image_pad|><|vision_end|>b", [], [Image.new("RGB", (64, 96))])
+    positions, places = engine.position_ids(high), torch.nonzero(high.media_mask)[:, 0]
+    assert positions is not None
+    (item,) = high.items
+    assert item.height > item.width
+    assert (positions[:, places[-1] + 1] - positions[:, places[0] - 1]).tolist() == [1 + item.width] * 3
 
 
 def test_only_one_pair_of_markers_surrounds_a_video(family: Family) -> None:

@@ -21,6 +21,9 @@ from evs_train.models.loading import load_family, load_weights
 from evs_train.prune import KINDS, EvsHook, compact
 from evs_train.samplers import build_sampler
 
+SCORED_WITH_DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
+"""Families whose engines score the pooled embeddings with the deepstack features behind them (docs/serving.md)."""
+
 
 class Rig:
     """A tiny model of one family, its rows as examples by id, and batches of them at any rate."""
@@ -154,8 +157,8 @@ def kept_positions(rig: Rig, batch: dict[str, Any]) -> Tensor:
             encoded = rig.family.encode(rig.model, batch["media"], "video")
         places = batch["index"]["video"].split([planned.item.num_tokens for planned in plan.videos])
         for planned, features, where in zip(plan.videos, encoded, places, strict=True):
-            scored = rig.family.score_tensor(features)[: planned.item.num_tokens]
-            shaped = scored.view(planned.item.num_units, planned.item.tokens_per_unit, -1)
+            scored = torch.cat(features, -1) if rig.family.model_type in SCORED_WITH_DEEPSTACK else features[0]
+            shaped = scored[: planned.item.num_tokens].view(planned.item.num_units, planned.item.tokens_per_unit, -1)
             kept[where[slow_retained(shaped, planned.pruning_rate)]] = True
     return kept.view_as(batch["input_ids"])
 

@@ -10,9 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from evs_train.config import Positions
 from evs_train.data.manifest import read_rows
 from evs_train.errors import DataError, RecipeError
+from evs_train.evs import retained_tokens
 from evs_train.generation import PrunedModel
+from evs_train.models import FAMILIES
+from tests.conftest import write_noise
+from tests.parity.conftest import fresh
+from tests.parity.rig import captured_inputs
 
 NEW_TOKENS = 8
 RATES = (0.0, 0.75)
@@ -94,6 +100,76 @@ def test_the_prompt_is_pruned_and_the_answer_sees_it(
     dense, pruned = (model.inputs(prompt, rate) for rate in RATES)
     assert dense["input_ids"].shape[1] == len(prompt.input_ids) > pruned["input_ids"].shape[1]
     assert not torch.equal(by_full_forwards(model, dense, 1)[1], by_full_forwards(model, pruned, 1)[1])
+
+
+@pytest.mark.parametrize("name", ["two", "both"])
+def test_the_prompt_is_the_beginning_of_the_training_row(
+    model: PrunedModel,
+    messages: dict[str, list[dict[str, Any]]],
+    name: str,
+    family_name: str,
+    tiny_checkpoint: Callable[[str], Path],
+    mixed_rows: Path,
+) -> None:
+    """Ids, positions and features: otherwise generation would agree with itself and with nothing else."""
+    rig = fresh(family_name, tiny_checkpoint, mixed_rows)
+    trained, found = captured_inputs(rig, rig.batch((name,), 0.75)), model.inputs(model.prompt(messages[name]), 0.75)
+    length = found["input_ids"].shape[1]
+    assert torch.equal(found["input_ids"], trained["input_ids"][:, :length])
+    assert found.keys() - {"labels"} == trained.keys() - {"labels"}
+    if "position_ids" in trained:
+        assert torch.equal(found["position_ids"], trained["position_ids"][..., :length])
+    for kind, outputs in found["mm_encoder_outputs"].items():
+        expected = trained["mm_encoder_outputs"][kind].pooler_output
+        for one, other in zip(outputs.pooler_output, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_the_rate_is_not_capped(model: PrunedModel, messages: dict[str, list[dict[str, Any]]]) -> None:
+    """Engines prune short videos as far as they are told; only training leaves more than the first unit."""
+    prompt = model.prompt(messages["two"])
+    videos = [item for item in prompt.items if item.kind == "video"]
+    dropped = sum(v.num_tokens - retained_tokens(v.num_units, v.tokens_per_unit, 0.9) for v in videos)
+    assert model.inputs(prompt, 0.9)["input_ids"].shape[1] == len(prompt.input_ids) - dropped
+
+
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [(name, rule) for name, family in FAMILIES.items() for rule in family.position_rules if rule != "preserve"],
+)
+def test_answers_follow_the_rule_for_positions(
+    family: str, rule: Positions, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A video higher than wide, since `engine` differs from `preserve` behind those only."""
+    write_noise(tmp_path / "high.mp4", num_frames=18, width=32)
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "video", "video": str(tmp_path / "high.mp4")}, {"type": "text", "text": "Why?"}],
+        }
+    ]
+    path = tiny_checkpoint(family)
+    model = PrunedModel.load(path, dtype="float32", device="cpu", data={"fps": 8.0}, positions=rule)
+    usual = loaded(family, tiny_checkpoint)
+    prompt = model.prompt(chat)
+    inputs, preserved = model.inputs(prompt, 0.75), usual.inputs(usual.prompt(chat), 0.75)
+    assert not torch.equal(inputs["position_ids"], preserved["position_ids"])
+    if rule == "sequential":
+        assert inputs["position_ids"][0].tolist() == list(range(inputs["input_ids"].shape[1]))
+    else:
+        assert torch.equal(inputs["position_ids"][..., -1], prompt.position_ids[:, None, -1])
+    expected, _ = by_full_forwards(model, inputs, NEW_TOKENS)
+    assert torch.equal(model.generate(prompt, 0.75, max_new_tokens=NEW_TOKENS, eos_token_id=None), expected)
+
+
+@pytest.mark.parametrize(("thinking", "ending"), [(True, "<think>\n"), (False, "<think></think>")])
+def test_the_prompt_follows_the_template_s_variables(
+    thinking: bool, ending: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    data = {"template_kwargs": {"enable_thinking": thinking}}
+    model = PrunedModel.load(tiny_checkpoint("nemotron_h_omni"), dtype="float32", device="cpu", data=data)
+    ids = model.prompt([{"role": "user", "content": "Hi."}]).input_ids
+    assert model.family.processor.tokenizer.decode(ids).endswith(ending)
 
 
 def test_answers_are_text_at_the_rate_of_the_checkpoint(

@@ -15,6 +15,7 @@ from evs_train.models import FAMILIES
 from evs_train.prune import EvsHook, compact
 from tests.parity.conftest import fresh
 from tests.parity.rig import (
+    SCORED_WITH_DEEPSTACK,
     Rig,
     attention_mask,
     captured_inputs,
@@ -23,6 +24,7 @@ from tests.parity.rig import (
     plain_forward_fails,
     plain_media,
     plain_positions,
+    slow_retained,
     supervised,
     unpruned_embeds,
 )
@@ -210,6 +212,34 @@ def test_float32_scores_are_an_option(
     assert torch.equal(chosen[False], select_tokens(shaped, planned.pruning_rate))
     assert torch.equal(chosen[True], select_tokens(shaped.float(), planned.pruning_rate))
     assert not torch.equal(chosen[False], chosen[True])
+
+
+@pytest.mark.parametrize("family_name", SCORED_WITH_DEEPSTACK)
+def test_scores_of_the_embeddings_alone_are_an_option(rig: Rig) -> None:
+    batch = rig.batch(("two",), 0.5)
+    with torch.no_grad():
+        encoded = rig.family.encode(rig.model, batch["media"], "video")
+    chosen: dict[bool, list[Tensor]] = {}
+    for engine in (True, False):
+        hook = EvsHook(rig.family, rig.model, engine_score=engine)
+        chosen[engine] = [hook._select(p, features) for p, features in zip(batch["plan"].videos, encoded, strict=True)]
+    for planned, (pooled, *_), found in zip(batch["plan"].videos, encoded, chosen[False], strict=True):
+        shaped = pooled.view(planned.item.num_units, planned.item.tokens_per_unit, -1)
+        assert found.tolist() == slow_retained(shaped, planned.pruning_rate)
+    assert not all(map(torch.equal, chosen[True], chosen[False]))
+
+
+def test_mixed_precision_chooses_in_its_dtype(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 weights under bfloat16 autocast: what promotes features, as LLaVA's newline, must not upcast scores."""
+    scored: list[torch.dtype] = []
+
+    def noted(embeds: Tensor, pruning_rate: float) -> Tensor:
+        scored.append(embeds.dtype)
+        return select_tokens(embeds, pruning_rate)
+
+    monkeypatch.setattr("evs_train.evs.select_tokens", noted)
+    rig.forward(rig.batch(("two", "both"), 0.5), autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert scored == [torch.bfloat16] * 3
 
 
 def test_the_mask_is_always_explicit(rig: Rig) -> None:
