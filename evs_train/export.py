@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from evs_train.checkpoint import RECORD_FILE, read_record
 from evs_train.config import ModelSection, Recipe
 from evs_train.errors import ModelError, RecipeError
-from evs_train.models.loading import load_config, load_weights
+from evs_train.models.loading import adapter_of, load_config, load_weights
 from evs_train.recipe import parse_recipe
 from evs_train.serving import ServingLine, caveat, launch_lines
 
@@ -85,7 +85,7 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     _write_json(staging / "config.json", {**config, "video_pruning_rate": rate})
     _write_json(staging / RECORD, {**record, "video_pruning_rate": rate})
-    serving = launch_lines(config["model_type"], str(destination), rate)
+    serving = launch_lines(model.config.model_type, str(destination), rate)
     (staging / "README.md").write_text(_model_card(recipe, record, rate, serving), encoding="utf-8")
     if destination.exists():
         shutil.rmtree(destination)
@@ -140,8 +140,13 @@ def _write_like_base(model: PreTrainedModel, saved: Path, base: Path, out: Path)
     state = model.state_dict()
     not_loaded = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
     not_stored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ["$^"]))
-    missing = [n for n in expected if n not in written and n not in state and not not_loaded.search(n)]
-    surplus = [n for n in written if n not in expected and not not_stored.search(n)]
+    family = adapter_of(model.config)
+    missing = [
+        n
+        for n in expected
+        if not (n in written or n in state or not_loaded.search(n) or n.startswith(family.not_loaded))
+    ]
+    surplus = [n for n in written if not (n in expected or not_stored.search(n) or n.endswith(family.not_stored))]
     if missing or surplus:
         raise ModelError(
             f"the tensor names differ from the base checkpoint's ({base}): "

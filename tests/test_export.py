@@ -12,7 +12,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from evs_train.console import show_summary
 from evs_train.data.video import FrameSampling, read_video, video_metadata
@@ -20,6 +19,7 @@ from evs_train.errors import ModelError, RecipeError
 from evs_train.export import RECORD, export_run, tensor_names
 from evs_train.serving import ENGINES
 from evs_train.uptrain import Run, Summary
+from tests.plain import plain_config, plain_model, plain_processor
 from tests.runs import arguments, recipe_of
 
 LORA = {"tuning__method": "lora", "optim__lr": 1e-2}
@@ -70,10 +70,10 @@ def test_export_answers_as_the_trained_model(
     config = json.loads((export.path / "config.json").read_text())
     assert config == {**json.loads((base / "config.json").read_text()), "video_pruning_rate": 0.6}
     assert tensor_shapes(export.path) == tensor_shapes(base)
-    assert AutoConfig.from_pretrained(export.path).video_pruning_rate == 0.6
+    assert plain_config(export.path).video_pruning_rate == 0.6
 
-    plain = AutoModelForImageTextToText.from_pretrained(export.path, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(export.path)
+    plain = plain_model(export.path, torch.float32)
+    processor = plain_processor(export.path)
     ids = processor.tokenizer(
         "<|im_start|>user\nDescribe the clip.<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt"
     )
@@ -82,7 +82,7 @@ def test_export_answers_as_the_trained_model(
     with torch.no_grad():
         expected = trained(input_ids=ids["input_ids"]).logits
         torch.testing.assert_close(plain(input_ids=ids["input_ids"]).logits, expected, rtol=1e-4, atol=1e-5)
-        untrained = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+        untrained = plain_model(base, torch.float32).eval()
         assert not torch.allclose(untrained(input_ids=ids["input_ids"]).logits, expected, atol=1e-2)
     answer = plain.generate(**ids, max_new_tokens=8, do_sample=False, use_cache=True)
     again = trained.generate(**ids, max_new_tokens=8, do_sample=False, use_cache=True)
@@ -95,8 +95,8 @@ def test_export_answers_about_video_as_the_trained_model(
     """Qwen3-VL whole: pixels in, through plain transformers."""
     output, trained = finished("qwen3_vl", "lora")
     export = export_run(output)
-    plain = AutoModelForImageTextToText.from_pretrained(export.path, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(export.path)
+    plain = plain_model(export.path, torch.float32).eval()
+    processor = plain_processor(export.path)
     clip = read_video(world.parent / "clips" / "000000.mp4", FrameSampling(num_frames=8))
     chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Describe."}]}]
     inputs = processor(
@@ -244,7 +244,7 @@ def test_tensors_that_the_architecture_does_not_load_are_passed_on(
     export = export_run(run)
     files = tensor_names(export.path)
     assert torch.equal(load_file(files[name])[name], torch.arange(5.0))
-    AutoModelForImageTextToText.from_pretrained(export.path)
+    plain_model(export.path)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -293,7 +293,7 @@ def test_the_base_s_files_dtypes_and_repeated_tensors_are_kept(
                 changed += 1
                 assert name.endswith("proj.weight"), name
     assert changed
-    AutoModelForImageTextToText.from_pretrained(export.path)
+    plain_model(export.path)
 
 
 def test_a_stored_copy_of_a_tied_weight_follows_it(

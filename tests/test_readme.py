@@ -61,7 +61,7 @@ def test_laptop_commands_train_prune_export_and_answer(tmp_path: Path) -> None:
     assert re.findall(r"^(0\.\d+) ", answers.stdout, flags=re.MULTILINE) == ["0.0", "0.5", "0.75"]
     config = json.loads((tmp_path / "runs/laptop/export/config.json").read_text())
     assert config["video_pruning_rate"] == 0.7
-    assert config["model_type"] == "nemotron_h_omni"
+    assert config["model_type"] == "NemotronH_Nano_Omni_Reasoning_V3"
 
 
 def test_every_training_command_is_a_valid_recipe() -> None:

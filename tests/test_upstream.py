@@ -17,12 +17,13 @@ from transformers import (
 from transformers.video_utils import VideoMetadata
 
 from evs_train.uptrain import Run
+from tests.plain import plain_model, plain_processor
 from tests.runs import STILL, arguments, metrics, recipe_of
 
 
 def test_nemotron_omni_has_no_forward_with_video(tiny_checkpoint: Callable[[str], Path]) -> None:
     """`pooler_output` is one tensor and is concatenated as if a sequence: we hand it a tuple (nemotron_h_omni.py)."""
-    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint("nemotron_h_omni"))
+    model = plain_model(tiny_checkpoint("nemotron_h_omni"))
     ids = torch.full((1, 25), model.config.image_token_id)
     with pytest.raises(TypeError, match="cat"):
         model(input_ids=ids, pixel_values_videos=torch.zeros(2, 3, 80, 80))
@@ -30,7 +31,7 @@ def test_nemotron_omni_has_no_forward_with_video(tiny_checkpoint: Callable[[str]
 
 def test_nemotron_omni_takes_one_video_per_call(tiny_checkpoint: Callable[[str], Path]) -> None:
     """We expand any number with the processor's own pieces (nemotron_h_omni.py)."""
-    processor = AutoProcessor.from_pretrained(tiny_checkpoint("nemotron_h_omni"))
+    processor = plain_processor(tiny_checkpoint("nemotron_h_omni"))
     videos = [torch.zeros(2, 3, 80, 80, dtype=torch.uint8)] * 2
     with pytest.raises(AssertionError, match="batch size"):
         processor(text=["<video>", "<video>"], videos=videos, do_sample_frames=False)

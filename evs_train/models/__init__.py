@@ -34,3 +34,7 @@ FAMILIES: dict[str, type[Family]] = {
 REMOTE_FAMILIES: dict[str, type[Family]] = {
     "NemotronH_Nano_VL_V2": NemotronNanoVLV2,
 }
+# Releases whose config.json has a model type of its own, and the family in transformers that they are read as.
+RELEASED_AS: dict[str, str] = {
+    "NemotronH_Nano_Omni_Reasoning_V3": "nemotron_h_omni",  # nemotron_release.py
+}

@@ -38,6 +38,9 @@ class Family(ABC):
         parts: the module-name prefixes of each trainable part, relative to the plain model.
         unused: module-name prefixes that are always frozen: video never runs them, nothing reads what they make, or
             checkpoints do not store them.
+        not_stored: endings of names of parameters and buffers that releases do not store. They are frozen, since what
+            was trained into them could not be exported, and the export leaves them out where the base has none.
+        not_loaded: beginnings of names of released tensors that transformers does not load; the export passes them on.
         lora_targets: default names of the linear layers that get adapters.
         lora_refused: names of linear layers that must not get one, each with the reason.
         lora_note: what a run with adapters on the language model says at its start: which weights they do not reach.
@@ -52,6 +55,8 @@ class Family(ABC):
     model_type: ClassVar[str]
     parts: ClassVar[Mapping[Part, tuple[str, ...]]]
     unused: ClassVar[tuple[str, ...]] = ()
+    not_stored: ClassVar[tuple[str, ...]] = ()
+    not_loaded: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]]
     lora_refused: ClassVar[Mapping[str, str]] = {}
     lora_note: ClassVar[str] = ""

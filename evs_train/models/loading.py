@@ -40,7 +40,7 @@ from evs_train.config import (
     TuningSection,
 )
 from evs_train.errors import ModelError, RecipeError
-from evs_train.models import FAMILIES, REMOTE_FAMILIES
+from evs_train.models import FAMILIES, RELEASED_AS, REMOTE_FAMILIES, nemotron_release
 from evs_train.models.base import Family
 from evs_train.models.remote_code import check_remote_code
 
@@ -48,13 +48,12 @@ _PEFT_PREFIX = "base_model.model."
 _ADAPTERS = FAMILIES | REMOTE_FAMILIES
 # Formats of models that are supported in another format.
 _OTHER_FORMATS = {
-    "NemotronH_Nano_Omni_Reasoning_V3": "this is NVIDIA's own format; transformers' (nemotron_h_omni) is supported",
     "internvl_chat": "this is OpenGVLab's own format; transformers' (internvl), in repositories ...-hf, is supported",
 }
 
 
 def load_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's configuration, for a supported architecture only.
+    """The checkpoint's configuration, for a supported architecture only; of `RELEASED_AS`, transformers' own.
 
     Raises:
         ModelError: nothing readable is at `path`, its architecture is not supported, or its code may not be run.
@@ -66,16 +65,23 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         model_type = dict(fields).get("model_type")  # config.json may hold an empty list
-        if model_type is not None and model_type not in _ADAPTERS:
+        if model_type is not None and model_type not in _ADAPTERS | RELEASED_AS:
             supported = f"supported: {', '.join(sorted(_ADAPTERS))}; docs/adding-a-family.md says how to add one"
             raise ModelError(
                 f"the architecture '{model_type}' of {path} is not supported", _OTHER_FORMATS.get(model_type, supported)
             )
         if model_type in REMOTE_FAMILIES:
             check_remote_code(path, revision, trust_remote_code, fields)
-        config = AutoConfig.from_pretrained(path, revision=revision, **_code_options(model_type, revision))
+        if model_type in RELEASED_AS:
+            config = nemotron_release.read_config(fields)
+        else:
+            config = AutoConfig.from_pretrained(path, revision=revision, **_code_options(model_type, revision))
         # InternVL's releases leave both out; the outer default of transformers 5.23 would tie their separate heads.
-        if model_type in FAMILIES and "tie_word_embeddings" not in fields and config.get_text_config() is not config:
+        if (
+            config.model_type in FAMILIES
+            and "tie_word_embeddings" not in fields
+            and config.get_text_config() is not config
+        ):
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
         return config
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -111,14 +117,13 @@ def load_family(model: ModelSection, data: DataSection, positions: Positions = "
             `data.video_kwargs` or `data.image_kwargs`.
     """
     config = load_config(model.path, model.revision, model.trust_remote_code)
-    rules = _ADAPTERS[config.model_type].position_rules
+    rules = adapter_of(config).position_rules
     if positions not in rules:
         raise RecipeError(
             f"evs.positions: {positions} is not possible with {config.model_type}", f"it has {', '.join(rules)}"
         )
     try:
-        options = _code_options(config.model_type, model.revision)
-        processor = AutoProcessor.from_pretrained(model.path, revision=model.revision, **options)
+        processor = load_processor(model.path, model.revision, config)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the processor of {model.path} cannot be read: {_reason(error)}", "its files belong beside config.json"
@@ -127,7 +132,20 @@ def load_family(model: ModelSection, data: DataSection, positions: Positions = "
         raise ModelError(f"the processor of {model.path} has no chat template", "start from an instruction-tuned model")
     if config.model_type in FAMILIES:
         _check_options(processor, data)
-    return _ADAPTERS[config.model_type](config, processor, data.video_kwargs, data.image_kwargs, positions)
+    return adapter_of(config)(config, processor, data.video_kwargs, data.image_kwargs, positions)
+
+
+def load_processor(path: str, revision: str | None, config: Any) -> Any:
+    """The checkpoint's processor, for what `load_config` returned. Raises OSError, ValueError."""
+    fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    if fields.get("model_type") in RELEASED_AS:
+        return nemotron_release.read_processor(path, revision, config)
+    return AutoProcessor.from_pretrained(path, revision=revision, **_code_options(config.model_type, revision))
+
+
+def adapter_of(config: Any) -> type[Family]:
+    """The class of the family's adapter, for what `load_config` returned."""
+    return _ADAPTERS[config.model_type]
 
 
 def _check_options(processor: Any, data: DataSection) -> None:
@@ -190,7 +208,7 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             "correct a copy in a directory; a model's __init__ must end with self.post_init()",
         ) from error
     # transformers fills what the files lack with random numbers and only logs it.
-    family, parameters = _ADAPTERS[config.model_type], {name for name, _ in loaded.named_parameters()}
+    family, parameters = adapter_of(config), {name for name, _ in loaded.named_parameters()}
     missing = sorted(name for name in info["missing_keys"] if name in parameters and part_of(name, family) is not None)
     if missing:
         raise ModelError(
@@ -218,7 +236,7 @@ def without_weights(config: Any, revision: str | None = None) -> PreTrainedModel
 def part_of(name: str, family: Family | type[Family]) -> Part | None:
     """Part that the parameter or module `name` of the plain or adapted model belongs to; None for unused ones."""
     plain = name.removeprefix(_PEFT_PREFIX)
-    if plain.startswith(family.unused):
+    if plain.startswith(family.unused) or plain.endswith(family.not_stored):
         return None
     for part, prefixes in family.parts.items():
         if plain.startswith(prefixes):

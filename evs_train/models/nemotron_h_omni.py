@@ -34,6 +34,13 @@ class NemotronHOmni(Family):
     }
     # The norm is an identity that checkpoints do not store, so nothing trained into it could be exported.
     unused: ClassVar[tuple[str, ...]] = ("audio_tower.", "embed_audio.", "vision_final_layernorm.")
+    # A scale of 1 that RADIO has no use for, and indices of outputs that nothing reads.
+    not_stored: ClassVar[tuple[str, ...]] = (".lambda1", ".summary_idxs")
+    # Statistics and filters that the processor has, too.
+    not_loaded: ClassVar[tuple[str, ...]] = (
+        "vision_model.radio_model.input_conditioner.",
+        "sound_encoder.encoder.feature_extractor.",
+    )
     lora_targets: ClassVar[tuple[str, ...]] = (
         "q_proj",
         "k_proj",

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from evs_train.models import FAMILIES
 from evs_train.models.tiny import FINISHES
 from evs_train.uptrain import Run
 from tests.parity.rig import Rig
+from tests.plain import plain_config, plain_processor
 from tests.runs import arguments, metrics, recipe_of, torchrun
 
 NUM_EXPERTS = 64
@@ -44,10 +45,12 @@ def checkpoint(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], 
     """The tiny checkpoint with so many experts that a short row leaves some without a token."""
     family = str(request.param)
     path = Path(shutil.copytree(tiny_checkpoint(family), tmp_path / family))
-    config = AutoConfig.from_pretrained(path)
+    config = plain_config(path)
     setattr(config.text_config, EXPERTS_KEY[family], NUM_EXPERTS)
     torch.manual_seed(0)
+    processor = plain_processor(path)
     AutoModelForImageTextToText.from_config(config).save_pretrained(path)
+    processor.save_pretrained(path)
     if family in FINISHES:
         FINISHES[family](path)
     return path

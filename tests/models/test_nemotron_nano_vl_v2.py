@@ -135,9 +135,7 @@ def test_code_without_an_adapter_is_not_run(checkpoint: Path, tmp_path: Path, tr
     assert "docs/adding-a-family.md" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("model_type", "native"), [("NemotronH_Nano_Omni_Reasoning_V3", "nemotron_h_omni"), ("internvl_chat", "internvl")]
-)
+@pytest.mark.parametrize(("model_type", "native"), [("internvl_chat", "internvl")])
 def test_other_formats_of_supported_models_are_named(
     checkpoint: Path, tmp_path: Path, model_type: str, native: str
 ) -> None:

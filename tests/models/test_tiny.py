@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.video_utils import VideoMetadata
 
 from evs_train.errors import ModelError
+from evs_train.models.nemotron_h_omni import NemotronHOmni
 from evs_train.models.tiny import (
     STAMP_FILE,
     TINY_FAMILIES,
@@ -34,6 +35,7 @@ from evs_train.models.tiny import (
     video_llama_3,
 )
 from evs_train.models.tiny.common import MAX_TOKENS, MIN_TOKENS
+from tests.plain import plain_config, plain_model, plain_processor
 
 CLASSES = {
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLForConditionalGeneration"),
@@ -120,8 +122,8 @@ class Tiny:
         self.family = family
         self.is_nemotron = family == "nemotron_h_omni"
         self.path = path
-        self.processor: Any = AutoProcessor.from_pretrained(path)
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(path).eval()
+        self.processor: Any = plain_processor(path)
+        self.model: Any = plain_model(path).eval()
 
     def text(self, *content: dict[str, Any], **template_kwargs: Any) -> str:
         messages = [{"role": "user", "content": list(content)}]
@@ -164,14 +166,14 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def test_auto_classes_and_token_ids(checkpoint: Tiny) -> None:
     processor_class, model_class = CLASSES[checkpoint.family]
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = plain_config(checkpoint.path)
     assert config.model_type == checkpoint.family
     assert type(checkpoint.processor).__name__ == processor_class
     assert type(checkpoint.model).__name__ == model_class
     assert checkpoint.model.dtype == torch.float32
     assert 0.5e6 < sum(p.numel() for p in checkpoint.model.parameters()) < 1.5e6
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, config=config)
     assert 600 <= len(tokenizer) <= 1000
     assert len(tokenizer) == config.get_text_config().vocab_size
     for name, token in TOKEN_IDS[checkpoint.family].items():
@@ -209,8 +211,7 @@ def test_layers_cover_the_family(checkpoint: Tiny) -> None:
         assert not checkpoint.model.all_tied_weights_keys
     else:
         assert set(config.text_config.layers_block_type) == {"linear_attention", "moe", "full_attention", "mlp"}
-        assert config.audio_config is None
-        assert checkpoint.model.audio_tower is None
+        assert config.audio_config.num_hidden_layers == len(checkpoint.model.audio_tower.layers) == 1
         assert checkpoint.model.video_pruning_rate == 0
 
 
@@ -229,7 +230,9 @@ def test_weights_round_trip_bit_for_bit(checkpoint: Tiny, tmp_path: Path) -> Non
     checkpoint.model.save_pretrained(tmp_path)
     before = load_file(checkpoint.path / "model.safetensors")
     after = load_file(tmp_path / "model.safetensors")
-    before = {name: t for name, t in before.items() if not name.startswith("mtp.")}  # not loaded; see test_export.py
+    # Not loaded; see test_export.py.
+    before = {name: t for name, t in before.items() if not name.startswith(("mtp.", *NemotronHOmni.not_loaded))}
+    after = {name: t for name, t in after.items() if not name.endswith(NemotronHOmni.not_stored)}
     assert before.keys() == after.keys()
     if checkpoint.family == "qwen3_vl_moe":  # see tests/test_upstream.py
         after = {name: t.transpose(1, 2) if ".experts." in name else t for name, t in after.items()}
@@ -287,7 +290,7 @@ def test_image_tokens_match_features(checkpoint: Tiny, size: tuple[int, int]) ->
 
 
 def test_text_starts_uniform_and_can_be_learnt(checkpoint: Tiny) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint.path)
+    model = plain_model(checkpoint.path)
     texts = ["The red square moves to the left.", "How many stars are there? Three: three, not seven."]
     batch = checkpoint.processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

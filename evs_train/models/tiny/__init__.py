@@ -48,6 +48,7 @@ FINISHES: dict[str, Callable[[Path], None]] = {
     "qwen2_5_vl": qwen.released_names,
     "qwen3_5": qwen.add_draft_head,
     "llava_onevision": llava_onevision.released_names,
+    "nemotron_h_omni": nemotron.released_format,
     "internvl": internvl.released_config,
 }
 
