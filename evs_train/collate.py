@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from evs_train import evs
 from evs_train.data.chat import Example, Media, MediaItem
+from evs_train.data.quarantine import BadSample
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import EvsTrainError
 from evs_train.samplers import RateSampler, cap_rate
@@ -48,6 +49,7 @@ class BatchPlan:
         num_tokens: length of each row after pruning.
         shape: of the pruned batch: (rows, longest length), or (1, sum of lengths) when its rows are packed.
         num_supervised: supervised tokens of each row.
+        bad: for each row, the samples that its draw met before and could not read.
     """
 
     draws: tuple[int, ...]
@@ -58,6 +60,7 @@ class BatchPlan:
     num_tokens: tuple[int, ...]
     shape: tuple[int, int]
     num_supervised: tuple[int, ...]
+    bad: tuple[tuple[BadSample, ...], ...]
 
     @property
     def packed(self) -> bool:
@@ -180,6 +183,7 @@ class Collator:
             num_tokens=tuple(lengths),
             shape=(1, sum(lengths)) if self.packing else (len(rows), max(lengths)),
             num_supervised=tuple(int((row.labels != IGNORE_INDEX).sum()) for row in rows),
+            bad=tuple(row.bad for row in rows),
         )
 
 

@@ -1,8 +1,8 @@
 """One uptraining run, from a recipe to a trained model on disk: wires data, model, hook and trainer.
 
 Everything that can be refused without weights is checked before weights are loaded. The run's folder holds
-`record.json` (recipe, data fingerprint, rate distribution, versions), `metrics.jsonl`, `pictures/`, checkpoints and
-`final/`. `export.py` makes a servable checkpoint of it.
+`record.json` (recipe, data fingerprint, rate distribution, versions), `metrics.jsonl`, `quarantine.jsonl`, `pictures/`,
+checkpoints and `final/`. `export.py` makes a servable checkpoint of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from evs_train.collate import BatchPlan, Collator
 from evs_train.config import Recipe
 from evs_train.data import manifest, synthetic
 from evs_train.data.batches import TrainingStream
+from evs_train.data.index import MediaIndex, index_file
+from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
 from evs_train.data.video import frame_sampling
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
@@ -54,7 +56,10 @@ _PICTURES_PER_STEP = 4
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did, in numbers for its closing table. Tokens and seconds are those of this run, over all ranks."""
+    """What a run did, in numbers for its closing table. Tokens and seconds are those of this run, over all ranks.
+
+    `quarantined`: bad samples of the whole run, by reason.
+    """
 
     steps: int
     first_loss: float
@@ -64,6 +69,7 @@ class Summary:
     video_tokens_after: int
     tokens_per_second: float
     seconds: float
+    quarantined: dict[str, int] = field(default_factory=dict)
 
 
 class Run:
@@ -111,6 +117,9 @@ class Run:
             last_only=recipe.data.supervise == "last",
             verify=recipe.data.verify,
             picture_draws=self._picture_draws(),
+            quarantine=recipe.data.on_error == "quarantine",
+            max_bad_in_a_row=recipe.data.max_bad_in_a_row,
+            index=MediaIndex.read(index_file(recipe.data)),
         )
 
     def plan_batches(self, count: int) -> list[BatchPlan]:
@@ -180,6 +189,7 @@ class Run:
             video_tokens_after=int(total["video_tokens_after"]),
             tokens_per_second=total["tokens"] / trainer.seconds,
             seconds=trainer.seconds,
+            quarantined=dict(trainer.quarantine.reasons.most_common()),
         )
 
     def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
@@ -198,6 +208,7 @@ class Run:
         return UptrainTrainer(
             hook=hook,
             optim=recipe.optim,
+            quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.global_batch),
             args=self._training_arguments() if args is None else args,
             model=model,
             data_collator=self.collator,

@@ -88,7 +88,7 @@ def test_errors_are_values(tmp_path: Path, world: Path, family: Family) -> None:
     talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}]
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"video": "torn.mp4", "conversations": talk}]), encoding="utf-8")
-    data = stream(rows, family)
+    data = stream(rows, family, quarantine=False)
     error = data[0]
     assert isinstance(error, MediaError)
     assert "torn.mp4" in error.message
@@ -97,7 +97,7 @@ def test_errors_are_values(tmp_path: Path, world: Path, family: Family) -> None:
 
 
 def test_a_row_longer_than_max_length_is_a_value_too(mixed_rows: Path, family: Family) -> None:
-    data = stream(mixed_rows, family, max_length=5)
+    data = stream(mixed_rows, family, max_length=5, quarantine=False)
     error = data[0]
     assert isinstance(error, DataError)
     assert str(mixed_rows) in error.message
