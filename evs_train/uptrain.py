@@ -79,7 +79,8 @@ class Run:
         RecipeError, DataError, MediaError, ModelError: what is wrong, before any weights are loaded.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, world_size: int | None = None) -> None:
+        """`world_size`: number of processes to plan for; None: of those that torchrun started."""
         self.recipe = recipe
         if recipe.deepspeed is not None:
             deepspeed_file(recipe.deepspeed)
@@ -92,8 +93,8 @@ class Run:
                 f"train.packing: {self.family.model_type} cannot be packed", "its recurrent layers would mix the rows"
             )
         self.sampler = samplers.build_sampler(recipe.evs.rate)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.global_batch = recipe.train.batch_size * recipe.train.grad_accumulation * world_size
+        self.world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        self.global_batch = recipe.train.batch_size * recipe.train.grad_accumulation * self.world_size
         self.num_steps = recipe.train.steps or math.ceil(recipe.train.epochs * len(self.samples) / self.global_batch)
         self.collator = Collator(
             sampler=self.sampler,
@@ -130,13 +131,15 @@ class Run:
             for first in range(0, min(count * size, len(self.stream)), size)
         ]
 
+    def planned_model(self) -> nn.Module:
+        """The model as it would be trained, with shapes and names only (meta device)."""
+        with torch.device("meta"):
+            plain = without_weights(self.family.config, self.recipe.model.revision)
+            return apply_tuning(plain, self.family, self.recipe.tuning)
+
     def part_sizes(self) -> list[PartSize]:
         """What would be trained, without reading any weights."""
-        with torch.device("meta"):
-            model = apply_tuning(
-                without_weights(self.family.config, self.recipe.model.revision), self.family, self.recipe.tuning
-            )
-        return part_sizes(model, self.family)
+        return part_sizes(self.planned_model(), self.family)
 
     def load_model(self) -> nn.Module:
         """The model as it will be trained: weights loaded, parts frozen, adapters added."""

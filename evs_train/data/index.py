@@ -6,9 +6,9 @@ is refused without decoding. So a read-only folder or a missing index costs time
 
 Invariant: `probe` reads a medium as training does (`read_video`, `read_image`), so its verdict is training's; faults
 that may pass (a timeout, a file system that is away) are not kept. The file is replaced whole, so readers see the old
-one or the new one. Cost: a probe decodes a video end to end and then the frames that the recipe samples; looking an entry up
-is one `stat`. In memory a training run holds about 300 bytes a file. Two checks that write one index at the same time
-keep the entries of the last.
+one or the new one. Cost: a probe decodes a video end to end and then the frames that the recipe samples; looking an
+entry up is one `stat`. In memory a training run holds about 300 bytes a file. Of two checks that write one index at the
+same time, the last one's entries stay.
 """
 
 from __future__ import annotations
@@ -185,12 +185,12 @@ def probe(kind: Kind, source: Source, sampling: FrameSampling, *, verify: bool =
     return Entry(*state, facts)
 
 
-def probe_all(
-    index: MediaIndex, wanted: Sequence[tuple[Kind, Source]], sampling: FrameSampling, num_workers: int
-) -> Iterator[MediaError | None]:
-    """Bring `index` up to date for the `wanted` media; yields once for each that had to be read, errors that may pass.
+def unknown(
+    index: MediaIndex, wanted: Iterable[tuple[Kind, Source]], sampling: FrameSampling
+) -> list[tuple[Kind, Source, bool]]:
+    """What of the `wanted` media must be read, and whether it must be checked from end to end.
 
-    A video that is known but was sampled otherwise is read anew without the check from end to end.
+    A video that is known but was sampled otherwise is read anew without that check.
     """
     todo: list[tuple[Kind, Source, bool]] = []
     for kind, source in dict.fromkeys(wanted):
@@ -199,13 +199,20 @@ def probe_all(
             todo.append((kind, source, True))
         elif entry.facts is not None and kind == "video" and entry.facts.sampling != str(sampling):
             todo.append((kind, source, False))
+    return todo
+
+
+def probe_all(
+    index: MediaIndex, todo: Sequence[tuple[Kind, Source, bool]], sampling: FrameSampling, num_workers: int
+) -> Iterator[tuple[Source, MediaError | None]]:
+    """Probe what `unknown` says, into `index`; yields each medium when it is done, with an error that may pass."""
     for number, found in parallel(lambda one: probe(one[0], one[1], sampling, verify=one[2]), todo, num_workers):
-        key = key_of(todo[number][1])
+        source = todo[number][1]
         if isinstance(found, Entry):
-            index.entries[key] = found
+            index.entries[key_of(source)] = found
         else:
-            index.entries.pop(key, None)
-        yield None if isinstance(found, Entry) else found
+            index.entries.pop(key_of(source), None)
+        yield source, None if isinstance(found, Entry) else found
 
 
 def num_cores() -> int:
