@@ -274,10 +274,11 @@ def _tokens(planned: Sequence[PlannedRow], rate: float, *, cap: bool) -> dict[st
 
 
 def _labels(run: Run, known: Mapping[Source, Facts | Fault], planned: Sequence[PlannedRow]) -> list[tuple[str, bool]]:
-    """`labelled_text` of the first row that is not refused."""
-    if not planned:
+    """`labelled_text` of the first row that is not refused, with a video if there is one."""
+    row = next((row for row in planned if row.num_units), planned[0] if planned else None)
+    if row is None:
         return []
-    sample = next(sample for sample in run.samples if sample.source == planned[0].row)
+    sample = next(sample for sample in run.samples if sample.source == row.row)
     facts = [one for one in (known[source] for source in (*sample.videos, *sample.images)) if isinstance(one, Facts)]
     return labelled_text(run.family.processor.tokenizer, blank_example(run, sample, facts))
 

@@ -42,7 +42,7 @@ def show_report(report: Report, console: Console) -> None:
     )
     console.print(f"{report.num_steps} steps of {report.global_batch} rows. Index: {report.index}", soft_wrap=True)
     if report.labels:
-        console.print("\nThe first row; what is trained on is green:")
+        console.print("\nOne row; what is trained on is green:")
         console.print(_labels_text(report))
     _show_refused(report, console)
 

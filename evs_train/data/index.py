@@ -110,7 +110,7 @@ class MediaIndex:
         """
         try:
             table = feather.read_table(path, columns=None if facts else list(_FIRST_COLUMNS))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return cls()
         except (OSError, pyarrow.ArrowInvalid) as error:
             raise DataError(

@@ -1,4 +1,4 @@
-"""A bad row in training: the same rows, curve and record whatever the number of processes and workers; one common end."""
+"""A bad row in training: the same rows, curve and record for any number of processes and workers; one common end."""
 
 from __future__ import annotations
 
