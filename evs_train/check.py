@@ -23,10 +23,11 @@ from typing import Any
 from PIL import Image
 
 from evs_train import evs
-from evs_train.data.chat import IGNORE_INDEX, Example, MediaItem, build_example
+from evs_train.data.chat import Example, MediaItem, build_example
 from evs_train.data.index import Facts, Fault, Kind, MediaIndex, index_file, num_cores, parallel, probe_all, unknown
 from evs_train.data.manifest import Sample
 from evs_train.data.sources import Source, name_of
+from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import DataError
 from evs_train.memory import MemoryEstimate, estimate_memory
 from evs_train.models.loading import PartSize, part_sizes
@@ -167,6 +168,7 @@ def blank_example(run: Run, sample: Sample, facts: Sequence[Facts]) -> Example:
         draw=0,
         template_kwargs=run.stream.template_kwargs,
         max_length=run.stream.max_length,
+        last_only=run.stream.last_only,
     )
 
 

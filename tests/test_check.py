@@ -17,8 +17,8 @@ from evs_train import cli
 from evs_train.check import RATES, PlannedRow, Report, check, plan_row
 from evs_train.config import Recipe
 from evs_train.data.batches import sample_of_draw
-from evs_train.data.chat import IGNORE_INDEX
 from evs_train.data.index import Facts, MediaIndex, index_file
+from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import EvsTrainError
 from evs_train.uptrain import Run
 from tests.runs import ROOT, arguments, metrics, recipe_of

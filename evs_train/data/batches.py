@@ -50,8 +50,12 @@ def sample_of_draw(draw: int, num_samples: int, seed: int) -> int:
 
 
 def stand_in_of_draw(draw: int, attempt: int, num_samples: int, seed: int) -> int:
-    """Row number that `draw` tries as number `attempt` (1, 2, ...) when the ones before it cannot be read."""
-    return int(np.random.default_rng([seed, _STAND_IN_STREAM, draw, attempt]).integers(num_samples))
+    """Row number that `draw` tries as number `attempt` (1, 2, ...) when the ones before it cannot be read.
+
+    It is the row of some draw of the same epoch, so that it comes from what the epoch is made of.
+    """
+    place = int(np.random.default_rng([seed, _STAND_IN_STREAM, draw, attempt]).integers(num_samples))
+    return sample_of_draw(draw - draw % num_samples + place, num_samples, seed)
 
 
 @dataclass
