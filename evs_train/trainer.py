@@ -30,7 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from evs_train.collate import BatchPlan
 from evs_train.config import OptimSection
-from evs_train.data.quarantine import Found, NoneLeftError, Quarantine
+from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.loading import parameter_groups
 from evs_train.prune import EvsHook
@@ -197,20 +197,18 @@ class UptrainTrainer(Trainer):
             BudgetError: on every rank in the same step.
             EvsTrainError: `data.on_error` is `raise` and this rank met a bad sample; torchrun ends the others.
         """
-        lines: list[dict[str, Any]] = []
-        num_draws, none_left = 0, False
+        met: list[tuple[Sequence[BadSample], str | None]] = []  # of each draw, and what it shows instead
+        none_left = False
         for batch in batches:
-            if isinstance(batch.get("error"), NoneLeftError):
+            if "error" in batch:
+                if not isinstance(batch["error"], NoneLeftError):
+                    raise batch["error"]
                 none_left = True
-                lines += self.quarantine.lines_of(batch["error"].bad, shown=None)
-            elif "error" in batch:
-                raise batch["error"]
+                met += batch["bad"]
             else:
-                plan: BatchPlan = batch["plan"]
-                num_draws += len(plan.draws)
-                for bad, shown in zip(plan.bad, plan.sample_ids, strict=True):
-                    lines += self.quarantine.lines_of(bad, shown)
-        mine = torch.tensor([num_draws, len(lines), none_left], dtype=torch.int64, device=self.args.device)
+                met += zip(batch["plan"].bad, batch["plan"].sample_ids, strict=True)
+        lines = [line for bad, shown in met for line in self.quarantine.lines_of(bad, shown)]
+        mine = torch.tensor([len(met), len(lines), none_left], dtype=torch.int64, device=self.args.device)
         num_draws, num_lines, none_left = self.accelerator.reduce(mine, "sum").tolist()
         everyones = gather_object(lines) if num_lines else []
         self.quarantine.add(Found(num_draws, everyones, none_left), writes=self.is_world_process_zero())
