@@ -125,7 +125,7 @@ class Collator:
         rows = [example for example in examples if isinstance(example, Example)]
         errors = [example for example in examples if isinstance(example, EvsTrainError)]
         if errors:
-            bad = [(row.bad, row.sample_id) for row in rows]
+            bad: list[tuple[tuple[BadSample, ...], str | None]] = [(row.bad, row.sample_id) for row in rows]
             bad += [(error.bad, None) for error in errors if isinstance(error, NoneLeftError)]
             return {"error": errors[0], "bad": bad}
         plan = self.plan(rows)

@@ -295,9 +295,14 @@ class Run:
         }
 
 
-def leave_process_group() -> None:
-    """End the processes' connection, so that none waits while the first one exports."""
+def leave_process_group(*, together: bool = False) -> None:
+    """End the processes' connection, so that none waits while the first one exports.
+
+    `together`: all leave now. Otherwise torchrun would end the others as soon as one is gone.
+    """
     if torch.distributed.is_initialized():
+        if together:
+            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -41,7 +41,10 @@ def main(arguments: list[str]) -> int:
         export = export_run(recipe.output_dir) if recipe.export.enabled else None
         show.show_summary(recipe, summary, export, console)
     except BudgetError as error:  # in the same step on every process
-        return report(error) if first else error.exit_code
+        if first:
+            report(error)
+        leave_process_group(together=True)
+        return error.exit_code
     except EvsTrainError as error:
         return report(error)
     return 0

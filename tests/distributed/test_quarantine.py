@@ -129,16 +129,24 @@ def test_a_bad_share_ends_the_run_with_3(
 
 @pytest.mark.xdist_group("distributed")
 def test_all_processes_end_in_the_same_step(checkpoint: Path, world: Path, tmp_path: Path) -> None:
-    """Rows of which so many are bad that two in a row are soon met by one process; the other ends, too."""
+    """Rows of which so many are bad that the second process soon meets two in a row; the first says it, and ends."""
     rows = rows_with(tmp_path, world, bad=6)
-    options = {"data__media_root": world.parent, "data__max_bad_in_a_row": 2, "train__batch_size": 1}
+    samples = read_rows([rows], world.parent)
+    bad = {number for number, sample in enumerate(samples) if sample.id.startswith("bad")}
+
+    def gives_up(draw: int, seed: int) -> bool:
+        return {sample_of_draw(draw, len(samples), seed), stand_in_of_draw(draw, 1, len(samples), seed)} <= bad
+
+    seed = next(seed for seed in range(100) if gives_up(3, seed) and not any(gives_up(d, seed) for d in range(3)))
+    options = {"data__media_root": world.parent, "data__max_bad_in_a_row": 2, "train__batch_size": 1, "seed": seed}
     done = torchrun(words_of(checkpoint, rows, tmp_path / "run", **options), 2)
     assert done.returncode == 1
     codes = re.findall(r"exitcode\s*:\s*(-?\d+)", done.stderr)
     assert codes, done.stderr[-4000:]
-    assert set(codes) == {"3"}, done.stderr[-4000:]
+    assert "3" in codes, done.stderr[-4000:]  # the other one leaves with 3, too, or is ended by torchrun first
     assert done.stderr.count("error: too many bad samples: 2 samples in a row are bad") == 1
-    assert None in [line["shown"] for line in record(tmp_path / "run")]
+    assert {line["draw"] for line in record(tmp_path / "run") if line["shown"] is None} == {3}
+    assert len(metrics(tmp_path / "run")) == 1  # draws 2 and 3 are of the second step
     options["train__batch_size"] = 2
     alone = Run(recipe_of(words_of(checkpoint, rows, tmp_path / "one", **options)))
     with pytest.raises(BudgetError, match="2 samples in a row"):
