@@ -14,11 +14,12 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from evs_train.data.quarantine import QUARANTINE_FILE
 from evs_train.errors import RecipeError
 
 RECORD_FILE = "record.json"
 _SAME_ON_RESUME = ("seed", "num_steps", "global_batch", "data_fingerprint", "base_model", "evs")
-_OF_A_RUN = (RECORD_FILE, "metrics.jsonl", "pictures", "final", "export", "checkpoint-*")
+_OF_A_RUN = (RECORD_FILE, "metrics.jsonl", QUARANTINE_FILE, "pictures", "final", "export", "checkpoint-*")
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:

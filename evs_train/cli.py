@@ -1,21 +1,58 @@
 """The `evs-train` command. Arguments are `key=value`, as in recipes.
 
+`evs-train check recipe=NAME [key.sub=value ...] [processes=N] [--json] [--strict]`
 `evs-train export run=runs/tiny [rate=0.75] [out=DIR]`
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from evs_train.errors import EvsTrainError, RecipeError, report
+from evs_train.recipe import load_recipe
 
 
-def export(arguments: dict[str, str]) -> None:
+def check(words: Sequence[str]) -> int:
+    """Read what a recipe would train on and say what is there: recipe=NAME and overrides, as for training.
+
+    `processes` is the number of processes to plan for. `--json` prints one JSON object, `--strict` makes refused rows
+    an error (exit code 2).
+    """
+    flags = [word for word in words if word.startswith("-")]
+    for flag in flags:
+        if flag not in ("--json", "--strict"):
+            raise RecipeError(f"unknown option '{flag}'", "options: --json, --strict")
+    arguments = _pairs([word for word in words if word not in flags])
+    processes = arguments.pop("processes", None)
+    if processes is not None and not (processes.isdecimal() and int(processes) > 0):
+        raise RecipeError(f"processes must be a number of at least 1, got '{processes}'")
+    recipe = load_recipe([f"{key}={value}" for key, value in arguments.items()])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rows are planned in forked processes
+    from rich.console import Console  # noqa: PLC0415 (a bad recipe is answered before torch is imported)
+
+    from evs_train.check import check as check_run  # noqa: PLC0415
+    from evs_train.check_console import show_report, watched  # noqa: PLC0415
+    from evs_train.uptrain import Run  # noqa: PLC0415
+
+    with contextlib.redirect_stdout(sys.stderr):  # nothing but the report goes to stdout
+        found = check_run(Run(recipe, None if processes is None else int(processes)), watched)
+    if "--json" in flags:
+        print(json.dumps(found.as_json()))
+    else:
+        show_report(found, Console())
+    return 2 if found.refused and "--strict" in flags else 0
+
+
+def export(words: Sequence[str]) -> int:
     """Write the checkpoint of a finished run: run=FOLDER, and optionally rate=Q and out=DIR."""
     from evs_train.export import export_run  # noqa: PLC0415 (torch is imported only by the commands that need it)
 
+    arguments = _pairs(words)
     _check_keys(arguments, required=("run",), optional=("rate", "out"))
     try:
         rate = float(arguments["rate"]) if "rate" in arguments else None
@@ -25,9 +62,10 @@ def export(arguments: dict[str, str]) -> None:
     print(f"exported {done.path} with video_pruning_rate {done.pruning_rate}")
     for line in done.serving:
         print(f"\n# {line.engine} (reads: {line.reads}). {line.note}\n{line.command}")
+    return 0
 
 
-COMMANDS: dict[str, Callable[[dict[str, str]], None]] = {"export": export}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check, "export": export}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,10 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RecipeError(
                 f"unknown command {words[0]!r}" if words else "no command", f"commands: {', '.join(COMMANDS)}"
             )
-        COMMANDS[words[0]](_pairs(words[1:]))
+        return COMMANDS[words[0]](words[1:])
     except EvsTrainError as error:
         return report(error)
-    return 0
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from evs_train import evs
 from evs_train.data.chat import Example, Media, MediaItem
+from evs_train.data.quarantine import BadSample, NoneLeftError
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import EvsTrainError
 from evs_train.samplers import RateSampler, cap_rate
@@ -48,6 +49,7 @@ class BatchPlan:
         num_tokens: length of each row after pruning.
         shape: of the pruned batch: (rows, longest length), or (1, sum of lengths) when its rows are packed.
         num_supervised: supervised tokens of each row.
+        bad: for each row, the samples that its draw met before and could not read.
     """
 
     draws: tuple[int, ...]
@@ -58,6 +60,7 @@ class BatchPlan:
     num_tokens: tuple[int, ...]
     shape: tuple[int, int]
     num_supervised: tuple[int, ...]
+    bad: tuple[tuple[BadSample, ...], ...]
 
     @property
     def packed(self) -> bool:
@@ -97,7 +100,8 @@ class Collator:
     the order of the batch), `target` (int64 places of the retained tokens in the pruned batch, ascending) and
     `boundaries` ((B + 1,) int32, where each row begins in the joined sequence, and its length). With `sequential` it
     holds `sequential_ids` (*plan.shape), the pruned batch's positions, instead of `position_ids`.
-    An example that is an error makes the batch `{"error": error}`.
+    An example that is an error makes the batch `{"error": error, "bad": ...}`, where `bad` has for each row the samples
+    that could not be read and the id of the one that it shows instead, or None.
 
     Attributes:
         global_batch: draws per optimizer step, over all ranks and micro-batches.
@@ -118,11 +122,12 @@ class Collator:
     packing: bool = False
 
     def __call__(self, examples: Sequence[Example | EvsTrainError]) -> dict[str, Any]:
-        rows: list[Example] = []
-        for example in examples:
-            if isinstance(example, EvsTrainError):
-                return {"error": example}
-            rows.append(example)
+        rows = [example for example in examples if isinstance(example, Example)]
+        errors = [example for example in examples if isinstance(example, EvsTrainError)]
+        if errors:
+            bad: list[tuple[tuple[BadSample, ...], str | None]] = [(row.bad, row.sample_id) for row in rows]
+            bad += [(error.bad, None) for error in errors if isinstance(error, NoneLeftError)]
+            return {"error": errors[0], "bad": bad}
         plan = self.plan(rows)
         length = max(len(row.input_ids) for row in rows)
         batch: dict[str, Any] = {
@@ -180,6 +185,7 @@ class Collator:
             num_tokens=tuple(lengths),
             shape=(1, sum(lengths)) if self.packing else (len(rows), max(lengths)),
             num_supervised=tuple(int((row.labels != IGNORE_INDEX).sum()) for row in rows),
+            bad=tuple(row.bad for row in rows),
         )
 
 

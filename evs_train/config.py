@@ -87,6 +87,22 @@ class DataSection(Section):
         True, description="decode each video once from end to end before its first use: finds damage that decord hides"
     )
     num_workers: int = Field(2, ge=0, description="processes that decode and tokenize, per rank")
+    on_error: Literal["quarantine", "raise"] = Field(
+        "quarantine",
+        description="a sample that cannot be read is listed in output_dir/quarantine.jsonl and another one shown in "
+        "its place (quarantine), or ends the run (raise)",
+    )
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="the run ends when more of the draws were bad than this (from 100 draws on)"
+    )
+    max_bad_in_a_row: int = Field(
+        100, ge=1, description="the run ends when so many samples in a row, tried for one draw, are bad"
+    )
+    index: str | None = Field(
+        None,
+        description="file of what `evs-train check` found in the media, which spares decoding them end to end again; "
+        "default: .evs_index/media.arrow beside the first rows file",
+    )
 
     @field_validator("video_kwargs", "image_kwargs", "template_kwargs")
     @classmethod

@@ -11,6 +11,7 @@ from rich.table import Table
 from evs_train import samplers
 from evs_train.collate import BatchPlan
 from evs_train.config import Recipe
+from evs_train.data.quarantine import QUARANTINE_FILE
 from evs_train.export import Export
 from evs_train.models.loading import PartSize
 from evs_train.serving import caveat
@@ -79,6 +80,9 @@ def show_summary(recipe: Recipe, summary: Summary, export: Export | None, consol
         "video tokens, before and after", f"{summary.video_tokens_before:,} -> {summary.video_tokens_after:,}"
     )
     table.add_row("tokens/s (after pruning)", f"{summary.tokens_per_second:,.0f}")
+    if summary.quarantined:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in summary.quarantined.items())
+        table.add_row("bad samples replaced", f"{reasons}; see {recipe.output_dir}/{QUARANTINE_FILE}")
     table.add_row("metrics", f"{recipe.output_dir}/metrics.jsonl")
     if export is not None:
         table.add_row("exported", str(export.path))

@@ -34,16 +34,20 @@ class RecipeError(EvsTrainError):
     """The recipe or a command-line override is wrong: unknown key, bad value, missing file."""
 
 
-class DataError(EvsTrainError):
-    """A row of a data file is malformed or contradicts itself."""
-
-
 Reason = Literal[
     "missing", "not a file", "no permission", "empty", "not a video", "not an image", "truncated", "damaged",
     "no video stream", "no frames", "no timestamps", "timeout", "crash", "out of memory", "too large", "too long",
-    "undecodable",
+    "undecodable", "bad row", "template",
 ]  # fmt: skip
-"""Why a media file cannot be used; what quarantine and metrics count by."""
+"""Why a media file or a row cannot be used; what quarantine and metrics count by."""
+
+
+class DataError(EvsTrainError):
+    """A row of a data file is malformed, contradicts itself, or does not fit the chat template or the recipe."""
+
+    def __init__(self, message: str, hint: str = "", reason: Reason = "bad row") -> None:
+        super().__init__(message, hint)
+        self.reason = reason
 
 
 class MediaError(EvsTrainError):
@@ -52,6 +56,12 @@ class MediaError(EvsTrainError):
     def __init__(self, message: str, hint: str = "", reason: Reason = "undecodable") -> None:
         super().__init__(message, hint)
         self.reason = reason
+
+
+class BudgetError(EvsTrainError):
+    """More samples are bad than `data.max_bad_share` or `data.max_bad_in_a_row` allows."""
+
+    exit_code = 3
 
 
 class ModelError(EvsTrainError):

@@ -4,21 +4,25 @@ What differs from the plain Trainer, and why:
 - the sampler is sequential over the draws of `data/batches.py`, so order and rates do not depend on world size;
 - the loss is the sum over supervised tokens divided by their number over all ranks and micro-batches. (transformers'
   Qwen classes say `accepts_loss_kwargs = False`, which would average averages; their forward does take the count.)
-- learning rates by part, and metrics that say what pruning did.
+- learning rates by part, and metrics that say what pruning did;
+- bad samples are counted over all ranks before a step's batches are used, so that all ranks end in the same step.
 
 Invariant: one optimizer step's loss and gradient are the same for any split of its draws over ranks and micro-batches,
 up to rounding. Cost over the plain Trainer: one gather of supervised logits without gradient per micro-batch for the
-loss by rate, and one all-reduce of a few numbers per log.
+loss by rate, one all-reduce of a few numbers per log, and one of three numbers per step that keeps count of bad samples
+over all ranks (where transformers has waited for the device already, to move the batch).
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler, SequentialSampler
@@ -26,6 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from evs_train.collate import BatchPlan
 from evs_train.config import OptimSection
+from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.loading import parameter_groups
 from evs_train.prune import EvsHook
@@ -134,13 +139,28 @@ class _AttachHook(TrainerCallback):
         self.hook.attach(model)
 
 
+class _BeginQuarantine(TrainerCallback):
+    """Counts of bad samples go on from the step that a resumed run begins with."""
+
+    def __init__(self, quarantine: Quarantine) -> None:
+        self.quarantine = quarantine
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.quarantine.begin(state.global_step, writes=state.is_world_process_zero)
+
+
 class UptrainTrainer(Trainer):
     """Trainer of a model whose batches are pruned by `hook`. See the module's docstring for what differs."""
 
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, *, hook: EvsHook, optim: OptimSection, args: TrainingArguments, **kwargs: Any) -> None:
+    def __init__(
+        self, *, hook: EvsHook, optim: OptimSection, quarantine: Quarantine, args: TrainingArguments, **kwargs: Any
+    ) -> None:
         super().__init__(args=args, **kwargs)
+        self.quarantine = quarantine
         self.model_accepts_loss_kwargs = True
         self.hook = hook
         self.optim_section = optim
@@ -150,6 +170,7 @@ class UptrainTrainer(Trainer):
         self._last_log = 0.0  # 0: the clock starts with the first batch, not with loading
         hook.autocast = self.accelerator.autocast
         self.add_callback(_AttachHook(hook))
+        self.add_callback(_BeginQuarantine(quarantine))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
@@ -163,15 +184,34 @@ class UptrainTrainer(Trainer):
         return self.optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        def batches() -> Iterator[Any]:
-            for batch in epoch_iterator:
-                if "error" in batch:
-                    raise batch["error"]
-                yield batch
-
         self._last_log = self._last_log or time.perf_counter()
         with self.hook.stopwatch.section("data", device=False):
-            return super().get_batch_samples(batches(), num_batches, device)
+            batches = list(islice(epoch_iterator, num_batches))
+            self._judge(batches)
+            return super().get_batch_samples(iter(batches), num_batches, device)
+
+    def _judge(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Count the bad samples of one step over all ranks, and end the run where there are too many.
+
+        Raises:
+            BudgetError: on every rank in the same step.
+            EvsTrainError: `data.on_error` is `raise` and this rank met a bad sample; torchrun ends the others.
+        """
+        met: list[tuple[Sequence[BadSample], str | None]] = []  # of each draw, and what it shows instead
+        none_left = False
+        for batch in batches:
+            if "error" in batch:
+                if not isinstance(batch["error"], NoneLeftError):
+                    raise batch["error"]
+                none_left = True
+                met += batch["bad"]
+            else:
+                met += zip(batch["plan"].bad, batch["plan"].sample_ids, strict=True)
+        lines = [line for bad, shown in met for line in self.quarantine.lines_of(bad, shown)]
+        mine = torch.tensor([len(met), len(lines), none_left], dtype=torch.int64, device=self.args.device)
+        num_draws, num_lines, none_left = self.accelerator.reduce(mine, "sum").tolist()
+        everyones = gather_object(lines) if num_lines else []
+        self.quarantine.add(Found(num_draws, everyones, none_left), writes=self.is_world_process_zero())
 
     def compute_loss(
         self,
@@ -214,6 +254,7 @@ class UptrainTrainer(Trainer):
             **{f"time/{name}": seconds for name, seconds in times.items()},
             "time/rest": elapsed - sum(times.values()),
             "memory/peak_gib": _peak_memory() / 2**30,
+            **self.quarantine.metrics(),
         }
         if self.lr_scheduler is not None and self.optimizer is not None:
             for group in self.optimizer.param_groups:

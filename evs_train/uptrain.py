@@ -1,8 +1,8 @@
 """One uptraining run, from a recipe to a trained model on disk: wires data, model, hook and trainer.
 
 Everything that can be refused without weights is checked before weights are loaded. The run's folder holds
-`record.json` (recipe, data fingerprint, rate distribution, versions), `metrics.jsonl`, `pictures/`, checkpoints and
-`final/`. `export.py` makes a servable checkpoint of it.
+`record.json` (recipe, data fingerprint, rate distribution, versions), `metrics.jsonl`, `quarantine.jsonl`, `pictures/`,
+checkpoints and `final/`. `export.py` makes a servable checkpoint of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from evs_train.collate import BatchPlan, Collator
 from evs_train.config import Recipe
 from evs_train.data import manifest, synthetic
 from evs_train.data.batches import TrainingStream
+from evs_train.data.index import MediaIndex, index_file
+from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
 from evs_train.data.video import frame_sampling
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
@@ -54,7 +56,10 @@ _PICTURES_PER_STEP = 4
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did, in numbers for its closing table. Tokens and seconds are those of this run, over all ranks."""
+    """What a run did, in numbers for its closing table. Tokens and seconds are those of this run, over all ranks.
+
+    `quarantined`: bad samples of the whole run, by reason.
+    """
 
     steps: int
     first_loss: float
@@ -64,6 +69,7 @@ class Summary:
     video_tokens_after: int
     tokens_per_second: float
     seconds: float
+    quarantined: dict[str, int] = field(default_factory=dict)
 
 
 class Run:
@@ -73,7 +79,8 @@ class Run:
         RecipeError, DataError, MediaError, ModelError: what is wrong, before any weights are loaded.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, world_size: int | None = None) -> None:
+        """`world_size`: number of processes to plan for; None: of those that torchrun started."""
         self.recipe = recipe
         if recipe.deepspeed is not None:
             deepspeed_file(recipe.deepspeed)
@@ -86,8 +93,8 @@ class Run:
                 f"train.packing: {self.family.model_type} cannot be packed", "its recurrent layers would mix the rows"
             )
         self.sampler = samplers.build_sampler(recipe.evs.rate)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.global_batch = recipe.train.batch_size * recipe.train.grad_accumulation * world_size
+        self.world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        self.global_batch = recipe.train.batch_size * recipe.train.grad_accumulation * self.world_size
         self.num_steps = recipe.train.steps or math.ceil(recipe.train.epochs * len(self.samples) / self.global_batch)
         self.collator = Collator(
             sampler=self.sampler,
@@ -111,6 +118,9 @@ class Run:
             last_only=recipe.data.supervise == "last",
             verify=recipe.data.verify,
             picture_draws=self._picture_draws(),
+            quarantine=recipe.data.on_error == "quarantine",
+            max_bad_in_a_row=recipe.data.max_bad_in_a_row,
+            index=MediaIndex.read(index_file(recipe.data)),
         )
 
     def plan_batches(self, count: int) -> list[BatchPlan]:
@@ -121,13 +131,15 @@ class Run:
             for first in range(0, min(count * size, len(self.stream)), size)
         ]
 
+    def planned_model(self) -> nn.Module:
+        """The model as it would be trained, with shapes and names only (meta device)."""
+        with torch.device("meta"):
+            plain = without_weights(self.family.config, self.recipe.model.revision)
+            return apply_tuning(plain, self.family, self.recipe.tuning)
+
     def part_sizes(self) -> list[PartSize]:
         """What would be trained, without reading any weights."""
-        with torch.device("meta"):
-            model = apply_tuning(
-                without_weights(self.family.config, self.recipe.model.revision), self.family, self.recipe.tuning
-            )
-        return part_sizes(model, self.family)
+        return part_sizes(self.planned_model(), self.family)
 
     def load_model(self) -> nn.Module:
         """The model as it will be trained: weights loaded, parts frozen, adapters added."""
@@ -180,6 +192,7 @@ class Run:
             video_tokens_after=int(total["video_tokens_after"]),
             tokens_per_second=total["tokens"] / trainer.seconds,
             seconds=trainer.seconds,
+            quarantined=dict(trainer.quarantine.reasons.most_common()),
         )
 
     def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
@@ -198,6 +211,7 @@ class Run:
         return UptrainTrainer(
             hook=hook,
             optim=recipe.optim,
+            quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.global_batch),
             args=self._training_arguments() if args is None else args,
             model=model,
             data_collator=self.collator,
@@ -281,9 +295,14 @@ class Run:
         }
 
 
-def leave_process_group() -> None:
-    """End the processes' connection, so that none waits while the first one exports."""
+def leave_process_group(*, together: bool = False) -> None:
+    """End the processes' connection, so that none waits while the first one exports.
+
+    `together`: all leave now. Otherwise torchrun would end the others as soon as one is gone.
+    """
     if torch.distributed.is_initialized():
+        if together:
+            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

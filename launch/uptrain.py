@@ -1,6 +1,7 @@
 """Entry of a training run: `torchrun --nproc_per_node N launch/uptrain.py recipe=NAME key.sub=value ...`.
 
-Leaves with 0 when the run is done and exported, and with 2 when something the user gave is wrong; one line says what.
+Leaves with 0 when the run is done and exported, with 2 when something the user gave is wrong, and with 3 when too many
+samples are bad; one line says what.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from evs_train.errors import EvsTrainError, report
+from evs_train.errors import BudgetError, EvsTrainError, report
 from evs_train.recipe import load_recipe
 
 
@@ -39,6 +40,11 @@ def main(arguments: list[str]) -> int:
             os._exit(0)  # threads of the process group may outlive it and abort the interpreter, and with it the others
         export = export_run(recipe.output_dir) if recipe.export.enabled else None
         show.show_summary(recipe, summary, export, console)
+    except BudgetError as error:  # in the same step on every process
+        if first:
+            report(error)
+        leave_process_group(together=True)
+        return error.exit_code
     except EvsTrainError as error:
         return report(error)
     return 0

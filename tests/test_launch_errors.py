@@ -109,7 +109,7 @@ def test_damaged_media_file(
     row = {"conversations": talk_about("<video>\nWhat?"), "video": "torn.mp4"}
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row), encoding="utf-8")
-    error = failing(uptrain.main([*arguments, f"data.rows={file}", mode]))
+    error = failing(uptrain.main([*arguments, f"data.rows={file}", "data.on_error=raise", mode]))
     assert str(tmp_path / "torn.mp4") in error
     assert "\n  hint: " in error
 

@@ -218,7 +218,12 @@ def test_a_bad_row_ends_training_with_its_name(
     rows.write_text(json.dumps({"id": "bad", "video": "broken.mp4", "conversations": turns}) + "\n")
     for workers in (0, 1):
         words = arguments(
-            tiny_checkpoint("qwen3_vl"), rows, tmp_path / "out", data__num_workers=workers, train__steps=1
+            tiny_checkpoint("qwen3_vl"),
+            rows,
+            tmp_path / "out",
+            data__on_error="raise",
+            data__num_workers=workers,
+            train__steps=1,
         )
         with pytest.raises(MediaError, match=r"broken\.mp4"):
             Run(recipe_of(words)).train()

@@ -4,26 +4,37 @@ A run is one stream of *draws* 0, 1, 2, ...: draw d belongs to optimizer step d 
 that epoch d // n of a seeded shuffle puts there. Ranks, workers, micro-batches and resumption only decide who reads a
 draw, never what it is, so 1 and 8 processes train on the same rows in the same steps.
 
+A draw whose sample cannot be read shows another one, which again follows from (seed, draw) alone; the other draws show
+what they would have shown. What was met is attached to the example (`quarantine.py`).
+
 Cost: one permutation of the row numbers per epoch; media are read when a draw is read, in the loader's worker.
 This module does not batch or prune; see `collate.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 from torch.utils.data import Dataset
 
 from evs_train.data.chat import Example, SampleEncoder, build_example
+from evs_train.data.index import Fault, MediaIndex
 from evs_train.data.manifest import Sample
-from evs_train.data.video import FrameSampling, read_image, read_video
-from evs_train.errors import EvsTrainError
+from evs_train.data.quarantine import BadSample, NoneLeftError
+from evs_train.data.sources import Source, name_of
+from evs_train.data.video import Clip, FrameSampling, read_image, read_video
+from evs_train.errors import DataError, EvsTrainError, MediaError
 
-_ORDER_STREAM = 0x0DE2  # keeps the shuffle's random stream apart from that of the rates
+# These keep the random streams of the shuffle and of stand-ins apart from each other and from that of the rates.
+_ORDER_STREAM = 0x0DE2
+_STAND_IN_STREAM = 0x57A7
 
 
 @lru_cache(maxsize=2)
@@ -38,18 +49,30 @@ def sample_of_draw(draw: int, num_samples: int, seed: int) -> int:
     return int(epoch_order(num_samples, seed, epoch)[place])
 
 
+def stand_in_of_draw(draw: int, attempt: int, num_samples: int, seed: int) -> int:
+    """Row number that `draw` tries as number `attempt` (1, 2, ...) when the ones before it cannot be read.
+
+    It is the row of some draw of the same epoch, so that it comes from what the epoch is made of.
+    """
+    place = int(np.random.default_rng([seed, _STAND_IN_STREAM, draw, attempt]).integers(num_samples))
+    return sample_of_draw(draw - draw % num_samples + place, num_samples, seed)
+
+
 @dataclass
 class TrainingStream(Dataset[Example | EvsTrainError]):
     """All draws of a run, as a map-style data set.
 
-    A sample that cannot be read comes out as its error, a value: the collator hands it to the process that trains,
-    which stops with one clear line, where an exception would arrive as a worker's traceback.
+    An error comes out as a value: the collator hands it to the process that trains, which stops with one clear line,
+    where an exception would arrive as a worker's traceback.
 
     Attributes:
         num_draws: length of the run in draws (steps * global batch).
         last_only: train on the last answer of each row alone.
-        verify: check each video from end to end before its first use.
+        verify: check each video from end to end before its first use, unless `index` knows the file.
         picture_draws: draws whose frames are kept in the example, for pictures of what is pruned.
+        quarantine: show another sample in the place of a bad one; otherwise the first bad one is an error.
+        max_bad_in_a_row: samples tried for one draw before it is an error.
+        index: what is known of media files that have not changed since.
     """
 
     samples: Sequence[Sample]
@@ -62,6 +85,12 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
     last_only: bool = False
     verify: bool = True
     picture_draws: frozenset[int] = frozenset()
+    quarantine: bool = True
+    max_bad_in_a_row: int = 100
+    index: MediaIndex = field(default_factory=MediaIndex)
+    # What this process found to be bad, so that it is not decoded again. Whole errors would keep their frames alive.
+    _bad_files: dict[Source, Fault] = field(default_factory=dict)
+    _bad_rows: dict[int, Fault] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.num_draws
@@ -73,16 +102,81 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
             return error
 
     def read(self, draw: int) -> Example:
-        """The example of one draw. Raises DataError or MediaError, naming the row."""
-        sample = self.samples[sample_of_draw(draw, len(self.samples), self.seed)]
-        return build_example(
-            sample,
-            [read_video(path, self.sampling, verify=self.verify) for path in sample.videos],
-            [read_image(path) for path in sample.images],
-            self.encoder,
-            draw=draw,
-            template_kwargs=self.template_kwargs,
-            max_length=self.max_length,
-            last_only=self.last_only,
-            keep_frames=draw in self.picture_draws,
-        )
+        """The example of one draw.
+
+        Raises:
+            NoneLeftError: `max_bad_in_a_row` samples could not be read.
+            DataError, MediaError: without quarantine, the draw's sample cannot be read; names the row.
+        """
+        number = sample_of_draw(draw, len(self.samples), self.seed)
+        if not self.quarantine:
+            return self._read_sample(number, draw)
+        bad: dict[int, BadSample] = {}
+        for attempt in range(self.max_bad_in_a_row):
+            if attempt:
+                number = stand_in_of_draw(draw, attempt, len(self.samples), self.seed)
+            if number in bad:
+                continue
+            try:
+                example = self._read_sample(number, draw)
+            except (DataError, MediaError) as error:
+                sample = self.samples[number]
+                media = (*sample.videos, *sample.images)
+                files = [name_of(one) for one in media if one in self._bad_files]
+                file = files[0] if files and isinstance(error, MediaError) else None
+                bad[number] = BadSample(draw, attempt, sample.id, sample.source, file, error.reason, error.message)
+            else:
+                return dataclasses.replace(example, bad=tuple(bad.values())) if bad else example
+        raise NoneLeftError(tuple(bad.values()))
+
+    def _read_sample(self, number: int, draw: int) -> Example:
+        if number in self._bad_rows:
+            raise DataError(*self._bad_rows[number])
+        sample = self.samples[number]
+        clips = [self._clip(source) for source in sample.videos]
+        images = [self._image(source) for source in sample.images]
+        try:
+            return build_example(
+                sample,
+                clips,
+                images,
+                self.encoder,
+                draw=draw,
+                template_kwargs=self.template_kwargs,
+                max_length=self.max_length,
+                last_only=self.last_only,
+                keep_frames=draw in self.picture_draws,
+            )
+        except DataError as error:
+            self._bad_rows[number] = Fault(error.message, error.hint, error.reason)
+            raise
+
+    def _clip(self, source: Source) -> Clip:
+        verified = self._is_verified(source)
+        with self._remembered(source):
+            return read_video(source, self.sampling, verify=self.verify and not verified)  # type: ignore[arg-type]
+
+    def _image(self, source: Source) -> Image:
+        self._is_verified(source)
+        with self._remembered(source):
+            return read_image(source)  # type: ignore[arg-type]
+
+    def _is_verified(self, source: Source) -> bool:
+        """Whether the index knows the file, as it is now, to be good. Raises MediaError if it is known to be bad."""
+        known = self._bad_files.get(source)
+        if known is None:
+            entry = self.index.find(source)
+            if entry is None:
+                return False
+            if entry.fault is None:
+                return True
+            known = self._bad_files[source] = entry.fault
+        raise MediaError(*known)
+
+    @contextlib.contextmanager
+    def _remembered(self, source: Source) -> Iterator[None]:
+        try:
+            yield
+        except MediaError as error:
+            self._bad_files[source] = Fault(error.message, error.hint, error.reason)
+            raise

@@ -21,6 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from evs_train.data.manifest import Sample
+from evs_train.data.quarantine import BadSample
 from evs_train.data.template import IGNORE_INDEX, Renderer, as_the_template_reads, assistant_turns, label_turns, render
 from evs_train.data.video import Clip
 from evs_train.errors import DataError
@@ -88,6 +89,7 @@ class Example:
         items: media in reading order.
         spans: for each item, (num_tokens,) int64 indices of its tokens in `input_ids`, in raster order.
         frames: for each video, one reduced frame per unit (T, H', W', 3) uint8 if pictures are wanted, else empty.
+        bad: the samples that this draw met before, and could not read (see `quarantine.py`).
     """
 
     draw: int
@@ -99,6 +101,7 @@ class Example:
     items: tuple[MediaItem, ...]
     spans: tuple[Tensor, ...]
     frames: tuple[np.ndarray, ...] = ()
+    bad: tuple[BadSample, ...] = ()
 
 
 def build_example(
@@ -134,6 +137,7 @@ def build_example(
         raise DataError(
             f"{sample.source}: {len(ids)} tokens before pruning, above data.max_length = {max_length}",
             "sample fewer frames (data.fps, data.num_frames, data.max_frames) or raise data.max_length",
+            "too long",
         )
     labels = label_turns(ids, turns, encoder.processor.tokenizer, sample.source)
     if bool((labels[prepared.media_mask] != IGNORE_INDEX).any()):
@@ -200,5 +204,6 @@ def _spans(prepared: Prepared, source: str) -> tuple[Tensor, ...]:
         raise DataError(
             f"{source}: the rendered conversation has {len(places)} media tokens but its media make {sum(counts)}",
             "does the chat template write media tokens by itself?",
+            "template",
         )
     return tuple(torch.split(places, counts))

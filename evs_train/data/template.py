@@ -76,6 +76,7 @@ def as_the_template_reads(
     raise DataError(
         f"{sample.source}: the chat template leaves out what turn {lost[0]} says: {lost[1][:60]!r}",
         "if it rewrites earlier answers (as templates of thinking models do), set data.supervise: last",
+        "template",
     )
 
 
@@ -120,6 +121,7 @@ def assistant_turns(
                 f"{source}: the chat template renders turn {index + 1} unlike the prompt that generation would see",
                 "set data.template_kwargs (such as enable_thinking: false) so that prompt + answer is the rendering, "
                 "or data.supervise: last if only earlier answers are rendered otherwise",
+                "template",
             )
         header, answer = prompt[len(before) :], after[len(prompt) :].rstrip()
         content = messages[index]["content"]
@@ -155,6 +157,7 @@ def label_turns(input_ids: Tensor, turns: Sequence[Turn], tokenizer: Any, source
             raise DataError(
                 f"{source}: the tokens of assistant turn {number} are not found in the rendered conversation",
                 "the chat template changes earlier turns; see data.template_kwargs and data.supervise",
+                "template",
             )
         done = start + len(block)
         labels[start:done][supervised] = block[supervised]
@@ -187,5 +190,5 @@ def render(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
         )
     except (TemplateError, TypeError) as error:
-        raise DataError(f"{source}: the chat template refuses the conversation: {error}") from error
+        raise DataError(f"{source}: the chat template refuses the conversation: {error}", reason="template") from error
     return renderer.normalized(text)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from evs_train.config import DataSection, ModelSection
-from evs_train.data.batches import TrainingStream, epoch_order, sample_of_draw
+from evs_train.data.batches import TrainingStream, epoch_order, sample_of_draw, stand_in_of_draw
 from evs_train.data.chat import Example
 from evs_train.data.manifest import read_rows
+from evs_train.data.quarantine import NoneLeftError
 from evs_train.data.video import FrameSampling
 from evs_train.errors import DataError, MediaError
 from evs_train.models.base import Family
@@ -88,7 +89,7 @@ def test_errors_are_values(tmp_path: Path, world: Path, family: Family) -> None:
     talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}]
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"video": "torn.mp4", "conversations": talk}]), encoding="utf-8")
-    data = stream(rows, family)
+    data = stream(rows, family, quarantine=False)
     error = data[0]
     assert isinstance(error, MediaError)
     assert "torn.mp4" in error.message
@@ -96,8 +97,53 @@ def test_errors_are_values(tmp_path: Path, world: Path, family: Family) -> None:
         data.read(0)
 
 
+def test_a_bad_sample_shifts_no_other_draw(mixed_rows: Path, tmp_path: Path, family: Family) -> None:
+    rows = json.loads(mixed_rows.read_text(encoding="utf-8"))
+    clip = (mixed_rows.parent / "still.mp4").read_bytes()
+    for number in (1, 3):
+        (tmp_path / f"torn{number}.mp4").write_bytes(clip[:500])
+        rows[number] |= {"video": str(tmp_path / f"torn{number}.mp4"), "image": []}
+        rows[number]["conversations"][0]["value"] = "<video>\nWhat?"
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    samples = read_rows([file], mixed_rows.parent)
+    data = TrainingStream(samples, family, FrameSampling(fps=8.0), num_draws=20, seed=0)
+    alone = TrainingStream(samples, family, FrameSampling(fps=8.0), num_draws=20, seed=0)
+    shown = {draw: data.read(draw) for draw in range(20)}
+    assert {draw: alone.read(draw).sample_id for draw in reversed(range(20))} == {
+        draw: example.sample_id for draw, example in shown.items()
+    }
+    lengths = set()
+    for draw, example in shown.items():
+        number = sample_of_draw(draw, 5, seed=0)
+        tried = [number]
+        while tried[-1] in (1, 3):
+            tried.append(stand_in_of_draw(draw, len(tried), 5, seed=0))
+        assert example.draw == draw
+        assert example.sample_id == samples[tried[-1]].id
+        assert [bad.sample_id for bad in example.bad] == [samples[n].id for n in dict.fromkeys(tried[:-1])]
+        assert [bad.attempt for bad in example.bad] == sorted({tried.index(n) for n in tried[:-1]})
+        assert all(bad.file == samples[tried[bad.attempt]].videos[0] for bad in example.bad)
+        lengths.add(len(tried))
+    assert max(lengths) > 2  # a stand-in was bad, too
+
+
+def test_a_stand_in_is_pinned() -> None:
+    """A change here would silently give resumed runs other rows."""
+    assert [stand_in_of_draw(7, attempt, 100, seed=1) for attempt in (1, 2, 3)] == [28, 17, 44]
+
+
+def test_a_draw_gives_up(mixed_rows: Path, family: Family) -> None:
+    data = stream(mixed_rows, family, max_length=5, max_bad_in_a_row=50)
+    error = data[0]
+    assert isinstance(error, NoneLeftError)
+    assert {bad.sample_id for bad in error.bad} == {"two", "image", "text", "still", "both"}  # each once
+    assert {bad.reason for bad in error.bad} == {"too long"}
+    assert {bad.file for bad in error.bad} == {None}
+
+
 def test_a_row_longer_than_max_length_is_a_value_too(mixed_rows: Path, family: Family) -> None:
-    data = stream(mixed_rows, family, max_length=5)
+    data = stream(mixed_rows, family, max_length=5, quarantine=False)
     error = data[0]
     assert isinstance(error, DataError)
     assert str(mixed_rows) in error.message

@@ -1,0 +1,298 @@
+"""What is known of media files without opening them again: a file of facts and faults, made by `evs-train check`.
+
+An entry belongs to one state of a file (size and change time); a file that changed is unknown again. Training reads the
+index and never writes it: a video that was found good is not decoded from end to end again, and one that was found bad
+is refused without decoding. So a read-only folder or a missing index costs time and nothing else.
+
+Invariant: `probe` reads a medium as training does (`read_video`, `read_image`), so its verdict is training's; faults
+that may pass (a timeout, a file system that is away) are not kept. The file is replaced whole, so readers see the old
+one or the new one. Cost: a probe decodes a video end to end and then the frames that the recipe samples; looking an
+entry up is one `stat`. In memory a training run holds about 300 bytes a file. Of two checks that write one index at the
+same time, the last one's entries stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+import av
+import numpy as np
+import pyarrow
+from pyarrow import feather
+from torch.utils.data import DataLoader, Dataset
+
+from evs_train.config import DataSection
+from evs_train.data.sources import FrameList, Source, TarMember, name_of, read_bytes
+from evs_train.data.video import Clip, FrameSampling, read_image, read_video
+from evs_train.errors import DataError, MediaError, Reason
+
+VERSION = "1"
+PASSING: frozenset[Reason] = frozenset({"missing", "no permission", "timeout", "crash", "out of memory"})
+"""Reasons that may be gone the next time; a file is probed again."""
+_FIRST_COLUMNS = ("key", "size", "mtime_ns", "message", "hint", "reason")
+
+Kind = Literal["video", "image"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Fault(NamedTuple):
+    """The parts of a MediaError or DataError, which by itself would keep the frames of its traceback alive."""
+
+    message: str
+    hint: str
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a good medium; of an image only kind, width, height and codec.
+
+    Attributes:
+        width, height: pixels, upright.
+        num_frames, fps, duration: of the whole video.
+        rotation: degrees by which the file says that its pictures are turned.
+        sampling: the `FrameSampling` that gave `indices` and `timestamps`, as text.
+    """
+
+    kind: Kind
+    width: int
+    height: int
+    codec: str
+    num_frames: int = 1
+    fps: float = 0.0
+    duration: float = 0.0
+    rotation: int = 0
+    sampling: str = ""
+    indices: tuple[int, ...] = ()
+    timestamps: tuple[float, ...] = ()
+
+    def blank_clip(self, name: str) -> Clip:
+        """The sampled clip with black frames: what planning needs of a video, without decoding it."""
+        frames = np.zeros((len(self.indices), self.height, self.width, 3), dtype=np.uint8)
+        times = np.asarray(self.timestamps, dtype=np.float64)
+        return Clip(frames, list(self.indices), self.fps, times, self.num_frames, self.duration, name)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One medium in one state. `facts` and `fault` exclude each other; both are None where facts were not read."""
+
+    size: int
+    mtime_ns: int
+    facts: Facts | None = None
+    fault: Fault | None = None
+
+
+@dataclass
+class MediaIndex:
+    """Entries by key (see `key_of`)."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def find(self, source: Source) -> Entry | None:
+        """The entry of a medium in its present state."""
+        entry = self.entries.get(key_of(source)) if self.entries else None
+        return entry if entry is not None and (entry.size, entry.mtime_ns) == state_of(source) else None
+
+    @classmethod
+    def read(cls, path: Path, *, facts: bool = False) -> MediaIndex:
+        """Read an index; an empty one where there is none, or one of another version.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        try:
+            table = feather.read_table(path, columns=None if facts else list(_FIRST_COLUMNS))
+        except (FileNotFoundError, NotADirectoryError):
+            return cls()
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise DataError(
+                f"{path}: the index cannot be read: {error}", "remove it; evs-train check writes it"
+            ) from error
+        if (table.schema.metadata or {}).get(b"evs_index") != VERSION.encode():
+            return cls()
+        return cls({row.pop("key"): _entry(row) for batch in table.to_batches(1024) for row in batch.to_pylist()})
+
+    def write(self, path: Path) -> None:
+        """Replace the file. Raises OSError."""
+        rows = [{"key": key, **_row(entry)} for key, entry in self.entries.items()]
+        table = pyarrow.Table.from_pylist(rows, schema=_SCHEMA)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".draft{os.getpid()}")
+        try:
+            feather.write_feather(table, str(draft))
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def index_file(data: DataSection) -> Path:
+    """Where a recipe's index is: `data.index`, or beside the first rows file, where every rank and node finds it."""
+    return Path(data.index) if data.index else Path(data.rows[0]).parent / ".evs_index" / "media.arrow"
+
+
+def key_of(source: Source) -> str:
+    """Text that names a medium: its path, the member of a shard with its place, or a hash of a list of frames."""
+    if isinstance(source, TarMember):
+        return f"{name_of(source)}@{source.offset}"
+    if isinstance(source, FrameList):
+        return f"frames {hashlib.sha256('|'.join([*source.paths, str(source.fps)]).encode()).hexdigest()}"
+    return source
+
+
+def state_of(source: Source) -> tuple[int, int] | None:
+    """(size, change time in ns) of a medium; of frames the sum and the newest, with their folder; None: not there."""
+    try:
+        if isinstance(source, TarMember):
+            return source.size, os.stat(source.shard).st_mtime_ns
+        if isinstance(source, FrameList):
+            stats = [os.stat(path) for path in source.paths]
+        else:
+            stats = [os.stat(source)]
+            if os.path.isdir(source):
+                stats += [entry.stat() for entry in os.scandir(source)]
+    except OSError:
+        return None
+    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+
+
+def probe(kind: Kind, source: Source, sampling: FrameSampling, *, verify: bool = True) -> Entry | MediaError:
+    """Read a medium as training would. An error that may pass comes back as it is, since it makes no entry."""
+    state = state_of(source)
+    try:
+        if kind == "image":
+            width, height = read_image(source).size  # type: ignore[arg-type]
+            facts = Facts("image", width, height, codec=Path(name_of(source)).suffix.lower().lstrip("."))
+        else:
+            clip = read_video(source, sampling, verify=verify)  # type: ignore[arg-type]
+            height, width = clip.frames.shape[1:3]
+            codec, rotation = _codec(source)
+            facts = Facts(
+                "video", width, height, codec, clip.total_frames, clip.fps, clip.duration, rotation, str(sampling),
+                tuple(clip.frame_indices), tuple(clip.timestamps.tolist()),
+            )  # fmt: skip
+    except MediaError as error:
+        fault = Fault(error.message, error.hint, error.reason)
+        return error.with_traceback(None) if error.reason in PASSING or state is None else Entry(*state, fault=fault)
+    assert state is not None, f"{name_of(source)} could be read but not found"
+    return Entry(*state, facts)
+
+
+def unknown(
+    index: MediaIndex, wanted: Iterable[tuple[Kind, Source]], sampling: FrameSampling
+) -> list[tuple[Kind, Source, bool]]:
+    """What of the `wanted` media must be read, and whether it must be checked from end to end.
+
+    A video that is known but was sampled otherwise is read anew without that check.
+    """
+    todo: list[tuple[Kind, Source, bool]] = []
+    for kind, source in dict.fromkeys(wanted):
+        entry = index.find(source)
+        if entry is None:
+            todo.append((kind, source, True))
+        elif entry.facts is not None and kind == "video" and entry.facts.sampling != str(sampling):
+            todo.append((kind, source, False))
+    return todo
+
+
+def probe_all(
+    index: MediaIndex, todo: Sequence[tuple[Kind, Source, bool]], sampling: FrameSampling, num_workers: int
+) -> Iterator[tuple[Source, MediaError | None]]:
+    """Probe what `unknown` says, into `index`; yields each medium when it is done, with an error that may pass."""
+    for number, found in parallel(lambda one: probe(one[0], one[1], sampling, verify=one[2]), todo, num_workers):
+        source = todo[number][1]
+        if isinstance(found, Entry):
+            index.entries[key_of(source)] = found
+        else:
+            index.entries.pop(key_of(source), None)
+        yield source, None if isinstance(found, Entry) else found
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], num_workers: int
+) -> Iterator[tuple[int, Result]]:
+    """(number, function(item)) of all items as they are done, in forked processes, or in this one (0 or 1)."""
+    loader: Iterable[tuple[int, Result]] = DataLoader(
+        _Calls(function, items),
+        batch_size=None,
+        num_workers=min(num_workers, len(items)) if num_workers > 1 else 0,
+        collate_fn=_as_it_is,
+        in_order=False,
+    )
+    yield from loader
+
+
+class _Calls(Dataset[Any]):
+    """The work of `parallel`, as torch's loader takes it: its workers are those that training decodes in."""
+
+    def __init__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        self.function = function
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        return number, self.function(self.items[number])
+
+
+def _as_it_is(value: Item) -> Item:
+    return value
+
+
+def _codec(source: Source) -> tuple[str, int]:
+    """Name of a video's codec and its rotation in degrees, of a file that is known to be readable."""
+    if isinstance(source, FrameList) or (isinstance(source, str) and os.path.isdir(source)):
+        return "frames", 0
+    with av.open(source if isinstance(source, str) else io.BytesIO(read_bytes(source))) as container:
+        stream = container.streams.best("video")
+        assert isinstance(stream, av.VideoStream)
+        frame = next(container.decode(stream))
+        return stream.codec_context.name, int(frame.rotation)
+
+
+_SCHEMA = pyarrow.schema(
+    [
+        ("key", pyarrow.string()),
+        *((name, pyarrow.int64()) for name in ("size", "mtime_ns")),
+        *((name, pyarrow.string()) for name in ("message", "hint", "reason", "kind")),
+        *((name, pyarrow.int32()) for name in ("width", "height")),
+        ("codec", pyarrow.string()),
+        ("num_frames", pyarrow.int64()),
+        *((name, pyarrow.float64()) for name in ("fps", "duration")),
+        ("rotation", pyarrow.int32()),
+        ("sampling", pyarrow.string()),
+        ("indices", pyarrow.list_(pyarrow.int64())),
+        ("timestamps", pyarrow.list_(pyarrow.float64())),
+    ],
+    metadata={"evs_index": VERSION},
+)
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    facts = asdict(entry.facts) if entry.facts else {}
+    fault = entry.fault._asdict() if entry.fault else {}
+    return {"size": entry.size, "mtime_ns": entry.mtime_ns, **fault, **facts}
+
+
+def _entry(row: dict[str, Any]) -> Entry:
+    size, mtime_ns, message, hint, reason = (row.pop(name) for name in _FIRST_COLUMNS[1:])
+    if message is not None:
+        assert reason in get_args(Reason), reason
+        return Entry(size, mtime_ns, fault=Fault(message, hint, reason))
+    if not row:
+        return Entry(size, mtime_ns)
+    row |= {"indices": tuple(row["indices"]), "timestamps": tuple(row["timestamps"])}
+    return Entry(size, mtime_ns, Facts(**row))

@@ -1,0 +1,72 @@
+"""The estimate of memory against what a model really allocates, and how DeepSpeed divides it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evs_train.memory import GIB, MemoryEstimate, estimate_memory
+from evs_train.models import FAMILIES
+from evs_train.uptrain import DEEPSPEED_DIR, Run
+from tests.runs import arguments, recipe_of
+
+
+@pytest.fixture
+def run_of(tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path) -> Callable[..., Run]:
+    def make(family: str = "qwen3_vl", **options: Any) -> Run:
+        return Run(recipe_of(arguments(tiny_checkpoint(family), mixed_rows, tmp_path / "run", **options)))
+
+    return make
+
+
+def estimate(run: Run, deepspeed: str | None = None, num_processes: int = 1, num_tokens: int = 100) -> MemoryEstimate:
+    config = None if deepspeed is None else json.loads((DEEPSPEED_DIR / f"{deepspeed}.json").read_text())
+    model = run.planned_model()
+    return estimate_memory(model, run.family, run.recipe, config, num_tokens=num_tokens, num_processes=num_processes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_weights_gradients_and_moments_are_those_of_the_model(
+    run_of: Callable[..., Run], method: str, dtype: str
+) -> None:
+    run = run_of(tuning__method=method, model__dtype=dtype)
+    model = run.load_model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = estimate(run)
+    assert found.weights * GIB == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert found.gradients * GIB == sum(p.numel() * p.element_size() for p in trained)
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert found.optimizer * GIB == sum(moment.numel() * moment.element_size() for moment in moments)
+
+
+def test_deepspeed_divides_it(run_of: Callable[..., Run]) -> None:
+    run = run_of(model__dtype="bfloat16", deepspeed="zero2", tuning__freeze=[])
+    parameters = sum(p.numel() for p in run.planned_model().parameters())
+    two, three = estimate(run, "zero2", 4), estimate(run, "zero3", 4)
+    assert (two.weights * GIB, two.gradients * GIB) == (2 * parameters, 2 * parameters / 4)
+    assert three.weights * GIB == 2 * parameters / 4
+    assert two.optimizer * GIB == three.optimizer * GIB == 12 * parameters / 4
+    offloaded = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    model = run.planned_model()
+    less = estimate_memory(model, run.family, run.recipe, offloaded, num_tokens=1, num_processes=4)
+    assert (less.optimizer, less.weights) == (0, three.weights)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_activations_grow_with_tokens_and_shrink_with_checkpointing(family: str, run_of: Callable[..., Run]) -> None:
+    plain, checkpointed = run_of(family), run_of(family, train__gradient_checkpointing=True)
+    assert estimate(plain, num_tokens=200).activations == pytest.approx(2 * estimate(plain).activations)
+    config = plain.family.config.get_text_config()
+    saved = estimate(plain).activations - estimate(checkpointed).activations
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    assert saved * GIB == pytest.approx(100 * 2 * hidden * (34 * layers - 2 * layers - 34))
