@@ -90,12 +90,17 @@ def _stored_path(value: Any, kind: str) -> str:
     if isinstance(value, dict) and {"path", "bytes"} >= value.keys():
         if value.get("bytes") is not None:
             raise DataError(
-                f"a {kind} is embedded as bytes", "write it to a file or a tar shard, which are read without unpacking"
+                f"{_a(kind)} is embedded as bytes",
+                "write it to a file or a tar shard, which are read without unpacking",
             )
         value = value.get("path")
     if not isinstance(value, str) or not value:
-        raise DataError(f"a {kind} is {kind_of(value)}", "it must be the path of a file")
+        raise DataError(f"{_a(kind)} is {kind_of(value)}", "it must be the path of a file")
     return value
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind == "image" else f"a {kind}"
 
 
 def _not_empty(member: TarMember) -> TarMember:

@@ -9,6 +9,7 @@ Cost: one row in memory at a time, also of a .json list and of a Parquet row gro
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -168,7 +169,7 @@ def _table(path: Path, kind: str) -> Rows:
     from datasets import load_dataset  # noqa: PLC0415 (half a second, and most rows are JSON)
 
     try:
-        yield from _numbered(load_dataset(kind, data_files=str(path), split="train", streaming=True))
+        yield from _numbered(load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True))
     except ValueError as error:  # pyarrow's ArrowInvalid among them
         raise DataError(f"{path}: cannot be read as {kind}: {error}", "write or copy the file again") from error
 

@@ -112,10 +112,9 @@ def _with_members(row: Row, media: dict[str, list[TarMember]]) -> Row:
     names = {name: member for kind in media.values() for member in kind for name in (member.name, _base(member.name))}
     if _name_parts(row, names):
         return row
-    for kind in MEDIA:
-        told = listed(row, kind)
-        if not told or len(told) == len(media[kind]) == 1:
-            told = media[kind]
+    named = {kind: listed(row, kind) for kind in MEDIA}
+    for kind, files in (named if any(named.values()) else media).items():
+        told = media[kind] if len(files) == len(media[kind]) == 1 else files
         row.pop(f"{kind}s", None)
         row[kind] = [names.get(value, value) if isinstance(value, str) else value for value in told]
     return row
