@@ -19,6 +19,8 @@ PARTS: tuple[Part, ...] = get_args(Part)
 Positions = Literal["preserve", "sequential", "engine"]
 """Of retained tokens: those of the unpruned video; 0, 1, 2, ... without gaps; those that a serving engine gives."""
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+RowFormatName = Literal["auto", "qwen", "llava_video", "swift", "openai", "videochat2", "caption"]
+"""Formats of rows (`data/formats.py`); auto recognises each row by its keys."""
 
 
 # Arguments of processors and templates that must stay ours: frames sampled twice would get wrong timestamps, silently.
@@ -67,9 +69,14 @@ class DataSection(Section):
     """Which rows and media are read, and how videos are sampled."""
 
     rows: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = Field(
-        description="JSON or JSONL files of rows"
+        description="files of rows (.json, .jsonl, .parquet, .arrow, .tar), patterns of them, or .yaml listings"
     )
     media_root: str | None = Field(None, description="folder of relative media paths; default: the rows file's own")
+    allow_outside: bool = Field(False, description="take media outside media_root, by links, `..` or absolute paths")
+    format: RowFormatName = Field("auto", description="format of the rows (data.md); auto recognises each by its keys")
+    frames_fps: float | None = Field(
+        None, gt=0, description="frames per second of videos that are folders or lists of frames; needed for them"
+    )
     fps: float | None = Field(None, gt=0, description="frames sampled per second (default 2 if num_frames is unset)")
     num_frames: int | None = Field(None, ge=1, description="frames sampled per video, spread evenly")
     min_frames: int = Field(4, ge=1, description="at least so many frames, where the video has them")

@@ -35,7 +35,9 @@ def show_dry_run(run: Run, console: Console) -> None:
 
 
 def show_parts(run: Run, parts: Sequence[PartSize], console: Console) -> None:
-    """Print what is trained, and what adapters do not reach."""
+    """Print what is read and trained, and what adapters do not reach."""
+    for line in run.data.describe():
+        console.print(f"data: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(parts_table(parts))
     tuning = run.recipe.tuning
     if run.family.lora_note and tuning.method == "lora" and "language_model" in tuning.lora.parts:

@@ -81,12 +81,12 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
-    raw = _parse_yaml(text, str(path))
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} is not a mapping of keys to values")
     raw.setdefault("recipe", path.stem)
     for key, value in overrides:
-        _override(raw, key, _parse_yaml(value, f"the value of {key}"))
+        _override(raw, key, parse_yaml(value, f"the value of {key}"))
     return parse_recipe(raw, str(path))
 
 
@@ -108,7 +108,8 @@ def _recipe_path(name: str) -> Path:
     raise RecipeError(f"there is no recipe '{name}'", f"{hint}shipped recipes: {', '.join(recipe_names())}")
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML as recipes are written in it; `source` names it in errors (`RecipeError`)."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:

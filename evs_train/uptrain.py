@@ -86,7 +86,8 @@ class Run:
             deepspeed_file(recipe.deepspeed)
         if recipe.demo is not None:
             _build_demo(recipe)
-        self.samples = manifest.read_rows(recipe.data.rows, recipe.data.media_root)
+        self.data = manifest.read_data(recipe.data)
+        self.samples = self.data.samples
         self.family: Family = load_family(recipe.model, recipe.data, recipe.evs.positions)
         if recipe.train.packing and not self.family.attention_only:
             raise RecipeError(
@@ -121,6 +122,7 @@ class Run:
             quarantine=recipe.data.on_error == "quarantine",
             max_bad_in_a_row=recipe.data.max_bad_in_a_row,
             index=MediaIndex.read(index_file(recipe.data)),
+            shares=self.data.shares,
         )
 
     def plan_batches(self, count: int) -> list[BatchPlan]:
@@ -285,7 +287,8 @@ class Run:
             "num_steps": self.num_steps,
             "global_batch": self.global_batch,
             "num_samples": len(self.samples),
-            "data_fingerprint": manifest.fingerprint(self.samples),
+            "data_fingerprint": manifest.fingerprint(self.samples, self.data.shares),
+            "data_sources": self.data.describe(),
             "base_model": recipe.model.path,
             "base_commit": getattr(self.family.config, "_commit_hash", None),
             "evs": recipe.evs.model_dump(),

@@ -32,30 +32,56 @@ from evs_train.data.sources import Source, name_of
 from evs_train.data.video import Clip, FrameSampling, read_image, read_video
 from evs_train.errors import DataError, EvsTrainError, MediaError
 
-# These keep the random streams of the shuffle and of stand-ins apart from each other and from that of the rates.
+# These keep the random streams apart: shuffle, stand-ins, shuffle within a source of a mixture, rates.
 _ORDER_STREAM = 0x0DE2
 _STAND_IN_STREAM = 0x57A7
+_SOURCE_STREAM = 0x50CE
+
+Shares = tuple[tuple[int, int], ...]
+"""(rows, rows shown per epoch) of each source of a weighted mixture; empty if an epoch shows each row once."""
 
 
 @lru_cache(maxsize=2)
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Shuffled row numbers of one epoch, (num_samples,) int64."""
-    return np.random.default_rng([seed, _ORDER_STREAM, epoch]).permutation(num_samples)
+def epoch_order(num_samples: int, seed: int, epoch: int, shares: Shares = ()) -> np.ndarray:
+    """Shuffled row numbers of one epoch, (num_samples,) int64: each once, or as often as `shares` have it."""
+    order = np.random.default_rng([seed, _ORDER_STREAM, epoch]).permutation(num_samples)
+    return weighted_rows(shares, seed, epoch)[order] if shares else order
 
 
-def sample_of_draw(draw: int, num_samples: int, seed: int) -> int:
+def weighted_rows(shares: Shares, seed: int, epoch: int) -> np.ndarray:
+    """Row numbers that one epoch of a weighted mixture shows, source by source, int64.
+
+    A source is a stream of its own: shuffled passes over its rows one after the other, of which each epoch takes the
+    next so many. So within a pass no row comes again before all others of its source have come.
+
+    Args:
+        shares: (rows, rows per epoch) of each source; a source's row numbers follow those of the one before.
+    """
+    taken, first = [], 0
+    for source, (num_rows, per_epoch) in enumerate(shares):
+        places = np.arange(epoch * per_epoch, (epoch + 1) * per_epoch)
+        passes = {
+            number: np.random.default_rng([seed, _SOURCE_STREAM, source, number]).permutation(num_rows)
+            for number in range(places[0] // num_rows, places[-1] // num_rows + 1)
+        }
+        taken.append(first + np.concatenate(list(passes.values()))[places - places[0] // num_rows * num_rows])
+        first += num_rows
+    return np.concatenate(taken)
+
+
+def sample_of_draw(draw: int, num_samples: int, seed: int, shares: Shares = ()) -> int:
     """Row number that draw `draw` shows."""
     epoch, place = divmod(draw, num_samples)
-    return int(epoch_order(num_samples, seed, epoch)[place])
+    return int(epoch_order(num_samples, seed, epoch, shares)[place])
 
 
-def stand_in_of_draw(draw: int, attempt: int, num_samples: int, seed: int) -> int:
+def stand_in_of_draw(draw: int, attempt: int, num_samples: int, seed: int, shares: Shares = ()) -> int:
     """Row number that `draw` tries as number `attempt` (1, 2, ...) when the ones before it cannot be read.
 
     It is the row of some draw of the same epoch, so that it comes from what the epoch is made of.
     """
     place = int(np.random.default_rng([seed, _STAND_IN_STREAM, draw, attempt]).integers(num_samples))
-    return sample_of_draw(draw - draw % num_samples + place, num_samples, seed)
+    return sample_of_draw(draw - draw % num_samples + place, num_samples, seed, shares)
 
 
 @dataclass
@@ -73,6 +99,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
         quarantine: show another sample in the place of a bad one; otherwise the first bad one is an error.
         max_bad_in_a_row: samples tried for one draw before it is an error.
         index: what is known of media files that have not changed since.
+        shares: see `weighted_rows`; empty without weights.
     """
 
     samples: Sequence[Sample]
@@ -85,6 +112,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
     last_only: bool = False
     verify: bool = True
     picture_draws: frozenset[int] = frozenset()
+    shares: Shares = ()
     quarantine: bool = True
     max_bad_in_a_row: int = 100
     index: MediaIndex = field(default_factory=MediaIndex)
@@ -108,13 +136,13 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
             NoneLeftError: `max_bad_in_a_row` samples could not be read.
             DataError, MediaError: without quarantine, the draw's sample cannot be read; names the row.
         """
-        number = sample_of_draw(draw, len(self.samples), self.seed)
+        number = sample_of_draw(draw, len(self.samples), self.seed, self.shares)
         if not self.quarantine:
             return self._read_sample(number, draw)
         bad: dict[int, BadSample] = {}
         for attempt in range(self.max_bad_in_a_row):
             if attempt:
-                number = stand_in_of_draw(draw, attempt, len(self.samples), self.seed)
+                number = stand_in_of_draw(draw, attempt, len(self.samples), self.seed, self.shares)
             if number in bad:
                 continue
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_media_root_and_several_files(folder: Path) -> None:
         ("text", "the row is text"),
         ([], "the row is a list"),
         (None, "the row is null"),
-        ({"conversation": TURNS}, 'has no "conversations" or "messages"; its keys: conversation.*did you mean'),
+        ({"conversation": TURNS}, 'has no "conversations" or "messages" or .*; its keys: conversation.*did you mean'),
         ({"text": "x", "id": 1}, "its keys: text, id"),
         ({"conversations": TURNS, "messages": []}, "both"),
         ({"conversations": []}, '"conversations" is empty'),
@@ -171,7 +172,7 @@ def test_bad_rows_are_refused(folder: Path, row: Any, message: str) -> None:
         ("rows.json", "{}", "holds an object, not a list"),
         ("rows.json", "[]", "holds no rows"),
         ("rows.jsonl", "\n", "holds no rows"),
-        ("rows.csv", "a,b", r"unknown kind of data file \(known are .json, .jsonl\)"),
+        ("rows.csv", "a,b", r"unknown kind of data file \(known are .json, .jsonl, .parquet, .arrow, .tar, and .yaml"),
         ("rows.json", None, "data file cannot be read: No such file"),
     ],
 )
@@ -205,6 +206,35 @@ def test_only_missing_media_is_a_media_error(folder: Path) -> None:
     lost = {"video": "gone.mp4", "conversations": TURNS}
     with pytest.raises(MediaError, match=r"rows\.json row 2: video file not found: .*gone\.mp4"):
         read_rows([write(folder, [lost, lost])])
+
+
+def test_samples_are_a_sequence_that_workers_can_be_sent(folder: Path) -> None:
+    rows = [{"id": number, "video": "a.mp4", "conversations": TURNS} for number in range(5)]
+    samples = read_rows([write(folder, rows)])
+    assert [sample.id for sample in samples] == list("01234")
+    assert [sample.id for sample in samples[1:4:2]] == ["1", "3"]
+    assert samples[-1] == samples[4] == list(pickle.loads(pickle.dumps(samples)))[4]
+    assert samples[-1].videos == (str(folder / "a.mp4"),)
+    with pytest.raises(IndexError):
+        samples[5]
+
+
+def test_a_lost_file_keeps_its_reason(folder: Path) -> None:
+    with pytest.raises(MediaError) as caught:
+        read_rows([write(folder, [{"video": "gone.mp4", "conversations": TURNS}])])
+    assert caught.value.reason == "missing"
+
+
+def test_the_fingerprint_covers_weights(folder: Path) -> None:
+    samples = read_rows([write(folder, [{"conversations": TEXT_TURNS}] * 2)])
+    prints = {fingerprint(samples), fingerprint(samples, ((1, 1), (1, 1))), fingerprint(samples, ((1, 2), (1, 0)))}
+    assert len(prints) == 3
+
+
+def test_the_fingerprint_is_pinned(folder: Path) -> None:
+    """A change here would refuse to resume runs that were begun before it."""
+    rows = [{"id": "x", "video": "a.mp4", "conversations": TURNS}, {"id": "y", "conversations": TEXT_TURNS}]
+    assert fingerprint(read_rows([write(folder, rows)])).startswith("848b9fa99871052e")
 
 
 def test_fingerprint_follows_content_and_not_place(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
