@@ -26,14 +26,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from evs_train.checkpoint import RECORD_FILE, read_record
+from evs_train.checkpoint import EXPORT_RECORD, RECORD_FILE, read_record
 from evs_train.config import ModelSection, Recipe
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models.loading import adapter_of, load_config, load_weights
 from evs_train.recipe import parse_recipe
 from evs_train.serving import ServingLine, caveat, launch_lines
 
-RECORD = "evs_train_record.json"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
 _NAMES_SHOWN = 10
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by their names in safetensors
@@ -70,7 +69,7 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
     if not 0.0 <= rate < 1.0:
         raise RecipeError(f"rate must be in [0, 1), got {rate}")
     destination = Path(out or recipe.export.dir or run / "export")
-    if destination.exists() and not (destination / RECORD).is_file():
+    if destination.exists() and not (destination / EXPORT_RECORD).is_file():
         raise ModelError(f"{destination} exists and is not an export", "name another folder with out=DIR")
 
     base = _base_folder(recipe.model, record["base_commit"])
@@ -84,7 +83,7 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
     _copy_files(base, staging)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     _write_json(staging / "config.json", {**config, "video_pruning_rate": rate})
-    _write_json(staging / RECORD, {**record, "video_pruning_rate": rate})
+    _write_json(staging / EXPORT_RECORD, {**record, "video_pruning_rate": rate})
     serving = launch_lines(model.config.model_type, str(destination), rate)
     (staging / "README.md").write_text(_model_card(recipe, record, rate, serving), encoding="utf-8")
     if destination.exists():
@@ -225,7 +224,7 @@ Uptrained with stochastic video-token pruning ([arXiv 2510.14624](https://arxiv.
 | rows | {record["num_samples"]}, fingerprint {record["data_fingerprint"][:16]} |
 | versions | {", ".join(f"{name} {version}" for name, version in record["versions"].items())} |
 
-The whole record is in `{RECORD}`. No accuracy is claimed here: measure it at the rate you serve.
+The whole record is in `{EXPORT_RECORD}`. No accuracy is claimed here: measure it at the rate you serve.
 
 ## Serving
 

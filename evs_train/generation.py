@@ -14,6 +14,7 @@ This is no serving engine: there is no batching across requests, and no paged ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.collate import Collator
-from evs_train.config import DataSection, ModelSection, Positions
+from evs_train.config import DataSection, EvsSection, ModelSection, Positions
 from evs_train.data.chat import Example, build_prompt
 from evs_train.data.manifest import read_prompt
 from evs_train.data.video import FrameSampling, frame_sampling, read_image, read_video
@@ -32,6 +34,7 @@ from evs_train.errors import RecipeError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family, load_weights
 from evs_train.prune import EvsHook, to_device
+from evs_train.recipe import parse_recipe
 from evs_train.samplers import build_sampler
 
 
@@ -43,6 +46,7 @@ class PrunedModel:
         trained_rate: `video_pruning_rate` of the checkpoint's config.json, or 0; the rate when a call names none.
         sampling: how frames are taken from videos.
         template_kwargs: variables of the chat template.
+        engine_score, float32_score: as of `EvsHook`.
     """
 
     family: Family
@@ -50,6 +54,8 @@ class PrunedModel:
     trained_rate: float = 0.0
     sampling: FrameSampling = field(default_factory=lambda: FrameSampling(fps=2.0))
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    engine_score: bool = True
+    float32_score: bool = False
 
     @classmethod
     def load(
@@ -58,17 +64,17 @@ class PrunedModel:
         *,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         device: str | torch.device | None = None,
-        positions: Positions = "preserve",
+        positions: Positions | None = None,
         data: Mapping[str, Any] | None = None,
         **model: Any,
     ) -> PrunedModel:
-        """Load a checkpoint, such as an export.
+        """Load a checkpoint. An export says how it was trained: its positions, scores and sampling are the defaults.
 
         Args:
             checkpoint: directory or hub name.
             dtype: of the weights, the computation and the scores; see `model.dtype` of a recipe.
             device: default: the GPU if there is one.
-            positions: `evs.positions` of the recipe that trained the checkpoint.
+            positions: `evs.positions`; of a checkpoint that is no export, "preserve".
             data: keys of a recipe's `data` section that say how videos are sampled and processed.
             model: other keys of a recipe's `model` section.
 
@@ -78,12 +84,24 @@ class PrunedModel:
         section = ModelSection(path=str(checkpoint), dtype=dtype, **model)
         if section.attn_implementation == "flash_attention_2":
             raise RecipeError("flash_attention_2 does not generate from pruned video", "use sdpa")
-        options = DataSection(rows=["none"], **(data or {}))
-        family = load_family(section, options, positions)
+        evs, trained_on = _trained_with(Path(checkpoint))
+        given = dict(data or {})
+        if {"fps", "num_frames"} & given.keys():  # one unsets the other
+            trained_on = {key: value for key, value in trained_on.items() if key not in ("fps", "num_frames")}
+        options = DataSection(rows=["none"], **{**trained_on, **given})
+        family = load_family(section, options, positions or evs.positions)
         trained_rate = float(family.config.to_dict().get("video_pruning_rate") or 0.0)
         plain = load_weights(section, family.config, getattr(torch, dtype))
         plain.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(family, plain, trained_rate, frame_sampling(options), options.template_kwargs)
+        return cls(
+            family,
+            plain,
+            trained_rate,
+            frame_sampling(options),
+            options.template_kwargs,
+            engine_score=evs.score == "engine",
+            float32_score=evs.score_dtype == "float32",
+        )
 
     def answer(self, messages: Sequence[dict[str, Any]], pruning_rate: float | None = None, **options: Any) -> str:
         """The model's answer to OpenAI-style messages that name local files; `options` as for `generate`.
@@ -116,7 +134,8 @@ class PrunedModel:
             cap=False,
             sequential=self.family.positions == "sequential",
         )
-        pruned = EvsHook(self.family, self.model).prune(to_device(collator([prompt]), self.model.device))
+        hook = EvsHook(self.family, self.model, engine_score=self.engine_score, float32_score=self.float32_score)
+        pruned = hook.prune(to_device(collator([prompt]), self.model.device))
         del pruned["labels"]
         return pruned
 
@@ -139,3 +158,17 @@ class PrunedModel:
         out = self.model.generate(**pruned, **{"do_sample": False, "use_cache": True, **options})
         new: Tensor = out[0, pruned["input_ids"].shape[1] :]
         return new
+
+
+_SAMPLING = (
+    "fps", "num_frames", "min_frames", "max_frames", "video_kwargs", "image_kwargs", "template_kwargs",
+)  # fmt: skip
+
+
+def _trained_with(checkpoint: Path) -> tuple[EvsSection, dict[str, Any]]:
+    """`evs` section and sampling of the recipe that an export came from; the defaults of any other checkpoint."""
+    file = checkpoint / EXPORT_RECORD
+    if not file.is_file():
+        return EvsSection(), {}
+    recipe = parse_recipe(json.loads(file.read_text(encoding="utf-8"))["recipe"], str(file))
+    return recipe.evs, {key: getattr(recipe.data, key) for key in _SAMPLING}

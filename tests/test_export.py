@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.console import show_summary
 from evs_train.data.video import FrameSampling, read_video, video_metadata
 from evs_train.errors import ModelError, RecipeError
-from evs_train.export import RECORD, export_run, tensor_names
+from evs_train.export import export_run, tensor_names
 from evs_train.serving import ENGINES
 from evs_train.uptrain import Run, Summary
 from tests.plain import plain_config, plain_model, plain_processor
@@ -133,7 +134,7 @@ def test_card_and_record_tell_how_it_was_made(finished: Callable[..., tuple[Path
     assert "video_pruning_rate: 0.7" in card
     for line in export.serving:
         assert line.command in card
-    record = json.loads((export.path / RECORD).read_text())
+    record = json.loads((export.path / EXPORT_RECORD).read_text())
     assert record["video_pruning_rate"] == 0.7
     assert {"recipe", "data_fingerprint", "pruning_rates", "versions"} <= record.keys()
     assert [line.engine for line in export.serving if line.reads == "config.json"] == ["SGLang"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.config import Positions
 from evs_train.data.manifest import read_rows
 from evs_train.errors import DataError, RecipeError
@@ -19,6 +22,7 @@ from evs_train.models import FAMILIES
 from tests.conftest import write_noise
 from tests.parity.conftest import fresh
 from tests.parity.rig import captured_inputs
+from tests.runs import arguments, recipe_of
 
 NEW_TOKENS = 8
 RATES = (0.0, 0.75)
@@ -184,8 +188,6 @@ def test_answers_are_text_at_the_rate_of_the_checkpoint(
 
 
 def test_the_rate_of_an_export_is_the_default(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    import json
-    import shutil
 
     copy = Path(shutil.copytree(tiny_checkpoint("nemotron_h_omni"), tmp_path / "export"))
     config = json.loads((copy / "config.json").read_text())
@@ -216,3 +218,16 @@ def test_bad_arguments(tiny_checkpoint: Callable[[str], Path]) -> None:
         model.answer([{"role": "user", "content": "Hi."}], pruning_rate=1.0)
     with pytest.raises(RecipeError, match="flash_attention_2"):
         PrunedModel.load(tiny_checkpoint("qwen3_vl"), attn_implementation="flash_attention_2")
+
+
+def test_an_export_says_how_it_was_trained(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint("llava_onevision"), tmp_path / "export"))
+    settings = {"evs__positions": "sequential", "evs__score_dtype": "float32", "evs__score": "embeds"}
+    recipe = recipe_of(arguments(copy, tmp_path / "rows.json", tmp_path, **settings))  # 8 frames
+    (copy / EXPORT_RECORD).write_text(json.dumps({"recipe": recipe.model_dump()}))
+    model = PrunedModel.load(copy, dtype="float32", device="cpu")
+    assert (model.family.positions, model.float32_score, model.engine_score) == ("sequential", True, False)
+    assert (model.sampling.num_frames, model.sampling.fps) == (8, None)
+    other = PrunedModel.load(copy, dtype="float32", device="cpu", positions="preserve", data={"fps": 1.0})
+    assert other.family.positions == "preserve"
+    assert (other.sampling.num_frames, other.sampling.fps) == (None, 1.0)
