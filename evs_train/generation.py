@@ -26,8 +26,10 @@ from transformers import PreTrainedModel
 from evs_train.collate import Collator
 from evs_train.config import DataSection, ModelSection, Positions
 from evs_train.data.chat import Example, build_prompt
+from evs_train.data.decoding import Decoding
 from evs_train.data.manifest import read_prompt
-from evs_train.data.video import FrameSampling, frame_sampling, read_image, read_video
+from evs_train.data.sampling import FrameSampling
+from evs_train.data.video import decoding_options, frame_sampling, read_image, read_video
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family, load_weights
@@ -43,6 +45,7 @@ class PrunedModel:
         trained_rate: `video_pruning_rate` of the checkpoint's config.json, or 0; the rate when a call names none.
         sampling: how frames are taken from videos.
         template_kwargs: variables of the chat template.
+        decoding: decoder and limits.
     """
 
     family: Family
@@ -50,6 +53,7 @@ class PrunedModel:
     trained_rate: float = 0.0
     sampling: FrameSampling = field(default_factory=lambda: FrameSampling(fps=2.0))
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Decoding = field(default_factory=Decoding)
 
     @classmethod
     def load(
@@ -83,7 +87,14 @@ class PrunedModel:
         trained_rate = float(family.config.to_dict().get("video_pruning_rate") or 0.0)
         plain = load_weights(section, family.config, getattr(torch, dtype))
         plain.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(family, plain, trained_rate, frame_sampling(options), options.template_kwargs)
+        return cls(
+            family,
+            plain,
+            trained_rate,
+            frame_sampling(options),
+            options.template_kwargs,
+            decoding_options(options),
+        )
 
     def answer(self, messages: Sequence[dict[str, Any]], pruning_rate: float | None = None, **options: Any) -> str:
         """The model's answer to OpenAI-style messages that name local files; `options` as for `generate`.
@@ -100,8 +111,8 @@ class PrunedModel:
     def prompt(self, messages: Sequence[dict[str, Any]], media_root: str | Path = ".") -> Example:
         """Messages with their media, decoded and tokenized, up to where the answer begins."""
         sample = read_prompt(messages, media_root)
-        clips = [read_video(path, self.sampling) for path in sample.videos]
-        images = [read_image(path) for path in sample.images]
+        clips = [read_video(path, self.sampling, decoding=self.decoding) for path in sample.videos]
+        images = [read_image(path, decoding=self.decoding) for path in sample.images]
         return build_prompt(sample, clips, images, self.family, template_kwargs=self.template_kwargs)
 
     @torch.inference_mode()

@@ -31,7 +31,7 @@ from evs_train.collate import BatchPlan, Collator
 from evs_train.config import Recipe
 from evs_train.data import manifest, synthetic
 from evs_train.data.batches import TrainingStream
-from evs_train.data.video import frame_sampling
+from evs_train.data.video import decoding_options, frame_sampling
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
 from evs_train.models.loading import (
@@ -110,6 +110,7 @@ class Run:
             max_length=recipe.data.max_length,
             last_only=recipe.data.supervise == "last",
             verify=recipe.data.verify,
+            decoding=decoding_options(recipe.data),
             picture_draws=self._picture_draws(),
         )
 

@@ -19,8 +19,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from evs_train.data.chat import Example, SampleEncoder, build_example
+from evs_train.data.decoding import Decoding
 from evs_train.data.manifest import Sample
-from evs_train.data.video import FrameSampling, read_image, read_video
+from evs_train.data.sampling import FrameSampling
+from evs_train.data.video import read_image, read_video
 from evs_train.errors import EvsTrainError
 
 _ORDER_STREAM = 0x0DE2  # keeps the shuffle's random stream apart from that of the rates
@@ -49,6 +51,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
         num_draws: length of the run in draws (steps * global batch).
         last_only: train on the last answer of each row alone.
         verify: check each video from end to end before its first use.
+        decoding: decoder and limits.
         picture_draws: draws whose frames are kept in the example, for pictures of what is pruned.
     """
 
@@ -61,6 +64,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
     max_length: int | None = None
     last_only: bool = False
     verify: bool = True
+    decoding: Decoding = field(default_factory=Decoding)
     picture_draws: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
@@ -77,8 +81,8 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
         sample = self.samples[sample_of_draw(draw, len(self.samples), self.seed)]
         return build_example(
             sample,
-            [read_video(path, self.sampling, verify=self.verify) for path in sample.videos],
-            [read_image(path) for path in sample.images],
+            [read_video(path, self.sampling, verify=self.verify, decoding=self.decoding) for path in sample.videos],
+            [read_image(path, decoding=self.decoding) for path in sample.images],
             self.encoder,
             draw=draw,
             template_kwargs=self.template_kwargs,
