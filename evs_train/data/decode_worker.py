@@ -4,7 +4,7 @@ It answers one request after the other, and ends when its parent does: at the ne
 SIGKILL of the kernel (PR_SET_PDEATHSIG). Invariant: a request ends in one reply, or in the end of this process.
 
 Cost: torch, transformers and CUDA's libraries are not loaded, so it starts in 0.25 s and takes 50 MB. A request takes
-some tenths of a millisecond; frames are decoded into the memory that the parent reads them from.
+some tenths of a millisecond; frames are decoded into memory that it shares with the parent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from evs_train.data.decoded import Pixels, Sink
-from evs_train.data.decoding import Decoding
+from evs_train.data.decoding import KEPT_BYTES, Decoding
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.sources import FrameList, Source, name_of
 from evs_train.errors import MediaError
@@ -43,9 +43,9 @@ class Worker:
 
         self._read_video, self._read_image = decode.read_video, images.read_image
         self._connection = connection
-        self._memory: int | None = None  # descriptor of the pixels of this request
+        self._shared: mmap.mmap | None = None  # where pixels go
+        self._unsent: int | None = None  # its descriptor, until the parent has it
         self._reported = 0.0
-        self._own_bytes = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
         self._sink = Sink(self._allocate, self._progress)
 
     def serve(self) -> None:
@@ -83,29 +83,33 @@ class Worker:
             return {"error": [f"{name}: cannot be decoded: {error!r}", "remove its rows", "undecodable"]}
 
     def _reply(self, facts: dict[str, Any]) -> None:
-        """Send a line, and with its first byte the descriptor of the pixels."""
+        """Send a line, and with its first byte the descriptor of the pixels' memory where the parent has not got it."""
         line = json.dumps(facts).encode() + b"\n"
-        memory, self._memory = self._memory, None
-        if memory is None:
-            self._connection.sendall(line)
-            return
-        if "error" in facts:
-            self._connection.sendall(line)
-        else:
+        memory, self._unsent = self._unsent, None
+        if memory is not None and "error" not in facts:
             socket.send_fds(self._connection, [line[:1]], [memory])
-            self._connection.sendall(line[1:])
-        os.close(memory)
+            line = line[1:]
+        self._connection.sendall(line)
+        if memory is not None:
+            os.close(memory)
+            if "error" in facts:
+                self._shared = None
+        if math.prod(facts.get("shape", ())) > KEPT_BYTES:
+            self._shared = None
 
     def _allocate(self, shape: tuple[int, ...]) -> Pixels:
-        """Zeroed memory that the parent can map, too."""
+        """Memory that the parent can map, too: that of the last request, or new where it does not do."""
         size = math.prod(shape)
-        self._memory = os.memfd_create("evs_train_pixels")
-        os.ftruncate(self._memory, size)
-        try:
-            mapped = mmap.mmap(self._memory, size)
-        except OSError as error:
-            raise MemoryError from error
-        return np.frombuffer(mapped, np.uint8).reshape(shape)
+        if self._shared is None or len(self._shared) < size:
+            if self._unsent is not None:  # of a decoder that gave up
+                os.close(self._unsent)
+            self._unsent = os.memfd_create("evs_train_pixels")
+            os.ftruncate(self._unsent, size)
+            try:
+                self._shared = mmap.mmap(self._unsent, size)
+            except OSError as error:
+                raise MemoryError from error
+        return np.frombuffer(self._shared, np.uint8, size).reshape(shape)
 
     def _progress(self) -> None:
         now = time.monotonic()
@@ -115,7 +119,8 @@ class Worker:
 
     def _limit_memory(self, memory_mb: int | None) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_AS)
-        limit = most if memory_mb is None else self._own_bytes + (memory_mb << 20)
+        own = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+        limit = most if memory_mb is None else own + (memory_mb << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, most))
 
 

@@ -16,6 +16,8 @@ from evs_train.errors import MediaError
 
 Pixels = npt.NDArray[np.uint8]
 REENCODE = "re-encode the file, for example to H.264 mp4 with ffmpeg, or remove its rows"
+_BYTES_PER_PIXEL = 24
+"""What decoders may need: up to 16 reference frames of 1.5 bytes (H.264)."""
 
 
 def _empty(shape: tuple[int, ...]) -> Pixels:
@@ -59,13 +61,21 @@ class Decoded:
 
 
 def check_pixels(name: str, width: int, height: int, decoding: Decoding) -> None:
-    """Raises MediaError ("too large") for frames beyond `max_pixels`."""
+    """Hold the size of a frame or image against the limits.
+
+    Raises:
+        MediaError: "too large" beyond `max_pixels`.
+        MemoryError: reference frames of that size may not fit into `memory_mb`, and decoders that run into that limit
+            say all sorts of things, for example that the data are invalid.
+    """
     if decoding.max_pixels is not None and width * height > decoding.max_pixels:
         raise MediaError(
             f"{name}: {width} x {height} pixels are more than {decoding.max_pixels:,}",
             "scale it down, or raise data.max_pixels",
             "too large",
         )
+    if decoding.memory_mb is not None and width * height * _BYTES_PER_PIXEL > decoding.memory_mb << 20:
+        raise MemoryError
 
 
 def check_length(name: str, seconds: float, frames: int, decoding: Decoding) -> None:

@@ -4,8 +4,9 @@ Invariant: whatever a file does to the decoder (hang, crash, eat memory) costs t
 and the next file finds a new child. No child outlives its parent, however that one ends. A reply is never taken for
 that of another request: whenever one is broken off, the child goes with it.
 
-How: frames are written once, by the child, into anonymous shared memory (memfd) whose descriptor comes back over a
-socket, so nothing large is copied or pickled, no name is left behind, and the size of /dev/shm does not matter. The
+How: the child writes frames into anonymous shared memory (memfd) whose descriptor came back over a socket: no name is
+left behind, and the size of /dev/shm does not matter. The memory of a usual clip is kept for the next one and its
+frames are copied out, once: new shared pages cost more than the copy (measured: 9 ms and 1 ms for 6 MB). The
 deadline is for progress, not for the whole file: the child reports while frames come, so a long film on a busy machine
 is not taken for a hang. Every process that reads media has its own child, whether it was forked or spawned.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import pickle
@@ -35,6 +37,8 @@ import numpy.typing as npt
 from evs_train.errors import MediaError
 
 Backend = Literal["auto", "decord", "pyav"]
+KEPT_BYTES = 256 << 20
+"""Shared memory up to this size is used again; that of a larger clip becomes the clip's own."""
 START_SECONDS = 300.0
 """How long a child may take to start: its imports may come from a slow file system."""
 
@@ -83,6 +87,7 @@ class Decoder:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._shared: mmap.mmap | None = None
         self._closed_at_exit = False
 
     @property
@@ -110,6 +115,8 @@ class Decoder:
                 message = pickle.dumps(request)
                 self._socket.sendall(len(message).to_bytes(8, "little") + message)
                 facts, memory = self._receive()
+                if "error" not in facts:
+                    return Reply(facts, self._pixels(memory, facts.pop("shape")))
             except TimeoutError as error:
                 self.close()
                 raise MediaError(
@@ -122,14 +129,14 @@ class Decoder:
             except BaseException:  # an interrupt, say: the reply to come must not be taken for that of the next request
                 self.close()
                 raise
-        if "error" in facts:
-            raise MediaError(*facts["error"])
-        assert memory is not None
-        return Reply(facts, _mapped(memory, facts.pop("shape")))
+            refusal = MediaError(*facts["error"])
+            if refusal.reason == "out of memory":  # decoders do not clean up after themselves in that case
+                self.close()
+        raise refusal
 
     def close(self) -> None:
         """Kill the child, if there is one."""
-        child, self._child = self._child, None
+        child, self._child, self._shared = self._child, None, None
         if self._socket is not None:
             self._socket.close()
         if child is not None:
@@ -143,7 +150,8 @@ class Decoder:
             self._socket.close()
         if self._child is not None:
             self._child.returncode = 0  # or its destructor would look for it among this process's children
-        self._lock, self._child, self._socket, self._closed_at_exit = threading.Lock(), None, None, False
+        self._lock, self._closed_at_exit = threading.Lock(), False
+        self._child, self._socket, self._shared = None, None, None
 
     def _start(self) -> None:
         self.close()
@@ -189,6 +197,21 @@ class Decoder:
             raise
         return json.loads(line), descriptors[0] if descriptors else None
 
+    def _pixels(self, memory: int | None, shape: list[int]) -> npt.NDArray[np.uint8]:
+        """The child's pixels, in the memory of this descriptor or else of the last one."""
+        if memory is not None:
+            try:
+                self._shared = mmap.mmap(memory, 0)
+            finally:
+                os.close(memory)
+        assert self._shared is not None
+        size = math.prod(shape)
+        pixels = np.frombuffer(self._shared, np.uint8, size).reshape(shape)
+        if size <= KEPT_BYTES:
+            return pixels.copy()
+        self._shared = None  # the child has let go of it, too; the array keeps it alive
+        return pixels
+
     def _lost(self, name: str) -> MediaError:
         """The child is gone: collect it, and say of what it died."""
         child = self._child
@@ -199,15 +222,6 @@ class Decoder:
             return MediaError(f"{name}: the decoder was {cause}", "remove its rows", "out of memory")
         how = signal.Signals(-child.returncode).name if child.returncode < 0 else f"exit code {child.returncode}"
         return MediaError(f"{name}: the decoder crashed ({how})", "remove its rows", "crash")
-
-
-def _mapped(memory: int, shape: list[int]) -> npt.NDArray[np.uint8]:
-    """The shared memory behind a descriptor as an array, which keeps it alive; the descriptor is closed."""
-    try:
-        mapped = mmap.mmap(memory, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    finally:
-        os.close(memory)
-    return np.frombuffer(mapped, np.uint8).reshape(shape)
 
 
 DECODER = Decoder()

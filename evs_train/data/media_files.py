@@ -80,8 +80,8 @@ def unreadable(name: str, kind: str, error: OSError) -> MediaError:
     return MediaError(f"{name}: {kind} file cannot be read: {error.strerror}", "check who may read it", reason)
 
 
-def damage_of(file: MediaFile) -> Reason:
-    """Why a decoder fails on a file: it is no video at all, it ends too early, or it is damaged in between."""
+def damage_of(file: MediaFile, *, is_video: bool = False) -> Reason:
+    """Why a decoder fails on a file: it is no video (unless `is_video`), it ends too early, or it is damaged."""
     with file.open() as data:
         head = data.read(12)
         if head[4:8] in _ISO_BOXES:
@@ -89,7 +89,7 @@ def damage_of(file: MediaFile) -> Reason:
         if head[:4] == b"RIFF" and int.from_bytes(head[4:8], "little") + 8 > file.size:
             return "truncated"
         is_transport_stream = head[:1] == b"G" and data.seek(188) and data.read(1) == b"G"
-        return "damaged" if head.startswith(_MAGIC) or is_transport_stream else "not a video"
+        return "damaged" if is_video or head.startswith(_MAGIC) or is_transport_stream else "not a video"
 
 
 def _has_whole_boxes(data: BinaryIO, size: int) -> bool:
