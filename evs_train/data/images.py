@@ -70,8 +70,13 @@ def read_frames(
         )
     check_length(name, len(paths) / fps, len(paths), decoding)
     if verify:
+        first = None
         for path in paths:
-            _opened(locate(path, "image"), decoding).close()
+            with _opened(locate(path, "image"), decoding) as image:
+                sides = sorted(image.size)  # EXIF may turn it yet
+            first = first or sides
+            if sides != first:
+                raise _differing(path, sides, first)
             sink.progress()
     starts = np.arange(len(paths), dtype=np.float64) / fps
     indices = sample_indices(starts, sampling)
@@ -106,9 +111,13 @@ def _same_size(paths: Sequence[str], decoding: Decoding) -> Iterator[Pixels]:
         pixels = read_image(path, decoding)
         first = first or pixels.shape
         if pixels.shape != first:
-            sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, {first[1]} x {first[0]} before"
-            raise MediaError(f"{path}: frames differ in size: {sizes}", "scale them alike", "damaged")
+            raise _differing(path, pixels.shape[1::-1], first[1::-1])
         yield pixels
+
+
+def _differing(path: str, size: Sequence[int], first: Sequence[int]) -> MediaError:
+    sizes = f"{size[0]} x {size[1]} pixels, {first[0]} x {first[1]} before"
+    return MediaError(f"{path}: frames differ in size: {sizes}", "scale them alike", "damaged")
 
 
 def _opened(file: MediaFile, decoding: Decoding) -> Image.Image:

@@ -109,16 +109,19 @@ def test_a_folder_of_frames_in_natural_order(tmp_path: Path) -> None:
 
 def test_bad_frames_are_refused(tmp_path: Path) -> None:
     paths = write_frames(tmp_path / "frames", 12)
-    for place, reason in [(0, "damaged"), (5, "not an image"), (6, "missing")]:
+    for place, reason in [(0, "damaged"), (3, "damaged"), (5, "not an image"), (6, "missing")]:
         spoilt = list(paths)
         spoilt[place] = str(tmp_path / f"{place}.png")
-        if place == 0:
-            Image.new("RGB", (41, 30)).save(spoilt[0])
+        if reason == "damaged":
+            Image.new("RGB", (41, 30)).save(spoilt[place])
         elif place == 5:
             Path(spoilt[5]).write_text("text")
         with pytest.raises(MediaError) as caught:
             read_video(FrameList(tuple(spoilt), 4.0), FOUR)  # samples 0, 4, 7 and 11
         assert caught.value.reason == reason
+    other_size = [*paths[:11], str(tmp_path / "3.png")]
+    with pytest.raises(MediaError, match="differ in size"):
+        read_video(FrameList(tuple(other_size), 4.0), FOUR, verify=False)
     with pytest.raises(MediaError) as caught:
         read_video(FrameList((), 4.0), FOUR)
     assert caught.value.reason == "no frames"

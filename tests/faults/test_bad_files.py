@@ -5,6 +5,7 @@ All go through the decoding child, as in a run, within seconds.
 
 from __future__ import annotations
 
+import io
 import os
 import time
 import zipfile
@@ -59,7 +60,7 @@ def encode(path: Path, codec: str = "libx264", num_frames: int = 20, **options: 
 
 def sound(path: Path) -> Path:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac" if path.suffix == ".mp4" else "flac", rate=8000)
+        stream = container.add_stream("aac" if path.suffix == ".mp4" else "libmp3lame", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
         frame.rate = 8000
         resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=8000)
@@ -214,6 +215,18 @@ def sound_alone(good: Path) -> Path:
     return sound(good)
 
 
+def sound_with_cover(good: Path) -> Path:
+    """FFmpeg makes a video stream of the picture on the sleeve (ID3v2.3, APIC)."""
+    path = sound(good.with_suffix(".mp3"))
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, format="png")
+    body = b"\0image/png\0\3\0" + buffer.getvalue()
+    tag = b"APIC" + len(body).to_bytes(4, "big") + b"\0\0" + body
+    size = bytes((len(tag) >> shift) & 0x7F for shift in (21, 14, 7, 0))
+    path.write_bytes(b"ID3\3\0\0" + size + tag + path.read_bytes())
+    return path
+
+
 def no_frames(good: Path) -> Path:
     """Some are listed, but not the key frame that they build on."""
     path = good.with_name("headless.mp4")
@@ -263,6 +276,7 @@ REFUSED: list[tuple[Callable[[Path], Path], set[str]]] = [
     (header_says_ten_hours, {"truncated"}),
     (bits_flipped, {"damaged"}),
     (sound_alone, {"no video stream"}),
+    (sound_with_cover, {"no video stream"}),
     (no_frames, {"no frames"}),
     (header_alone, {"truncated"}),
     (bare_stream, {"no timestamps"}),
