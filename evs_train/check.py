@@ -193,7 +193,11 @@ def _probe(
     """Bring the index up to date and save it; faults that may pass, number of media read, where the index is."""
     path = index_file(run.recipe.data)
     todo = unknown(index, media, run.stream.sampling)
-    probes, num_read, last_saved = probe_all(index, todo, run.stream.sampling, workers), 0, time.monotonic()
+    probes, num_read, last_saved = (
+        probe_all(index, todo, run.stream.sampling, workers, run.stream.decoding),
+        0,
+        time.monotonic(),
+    )
     passing: dict[Source, Fault] = {}
     place = str(path)
 

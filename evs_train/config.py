@@ -110,6 +110,18 @@ class DataSection(Section):
         description="file of what `evs-train check` found in the media, which spares decoding them end to end again; "
         "default: .evs_index/media.arrow beside the first rows file",
     )
+    backend: Literal["auto", "decord", "pyav"] = Field(
+        "auto", description="video decoder; auto: decord, and PyAV for what decord cannot read"
+    )
+    decode_timeout: float | None = Field(
+        60.0, gt=0, description="seconds without progress after which a decoder is killed; null: never"
+    )
+    decode_memory_mb: int | None = Field(
+        8192, ge=64, description="MiB in which a decoder must make do, sampled frames included; null: no limit"
+    )
+    max_pixels: int | None = Field(100_000_000, ge=1, description="refuse larger frames and images; null: no limit")
+    max_video_seconds: float | None = Field(21600.0, gt=0, description="refuse longer videos; null: no limit")
+    max_video_frames: int | None = Field(2_000_000, ge=1, description="refuse videos of more frames; null: no limit")
 
     @field_validator("video_kwargs", "image_kwargs", "template_kwargs")
     @classmethod

@@ -28,8 +28,10 @@ from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.collate import Collator
 from evs_train.config import DataSection, EvsSection, ModelSection, Positions
 from evs_train.data.chat import Example, build_prompt
+from evs_train.data.decoding import Decoding
 from evs_train.data.manifest import read_prompt
-from evs_train.data.video import FrameSampling, frame_sampling, read_image, read_video
+from evs_train.data.sampling import FrameSampling
+from evs_train.data.video import decoding_options, frame_sampling, read_image, read_video
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family, load_weights
@@ -47,6 +49,7 @@ class PrunedModel:
         sampling: how frames are taken from videos.
         template_kwargs: variables of the chat template.
         engine_score, float32_score: as of `EvsHook`.
+        decoding: decoder and limits.
     """
 
     family: Family
@@ -56,6 +59,7 @@ class PrunedModel:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     engine_score: bool = True
     float32_score: bool = False
+    decoding: Decoding = field(default_factory=Decoding)
 
     @classmethod
     def load(
@@ -101,6 +105,7 @@ class PrunedModel:
             options.template_kwargs,
             engine_score=evs.score == "engine",
             float32_score=evs.score_dtype == "float32",
+            decoding=decoding_options(options),
         )
 
     def answer(self, messages: Sequence[dict[str, Any]], pruning_rate: float | None = None, **options: Any) -> str:
@@ -118,8 +123,8 @@ class PrunedModel:
     def prompt(self, messages: Sequence[dict[str, Any]], media_root: str | Path = ".") -> Example:
         """Messages with their media, decoded and tokenized, up to where the answer begins."""
         sample = read_prompt(messages, media_root)
-        clips = [read_video(path, self.sampling) for path in sample.videos]
-        images = [read_image(path) for path in sample.images]
+        clips = [read_video(path, self.sampling, decoding=self.decoding) for path in sample.videos]
+        images = [read_image(path, decoding=self.decoding) for path in sample.images]
         return build_prompt(sample, clips, images, self.family, template_kwargs=self.template_kwargs)
 
     @torch.inference_mode()

@@ -33,7 +33,7 @@ from evs_train.data import manifest, synthetic
 from evs_train.data.batches import TrainingStream
 from evs_train.data.index import MediaIndex, index_file
 from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
-from evs_train.data.video import frame_sampling
+from evs_train.data.video import decoding_options, frame_sampling
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
 from evs_train.models.loading import (
@@ -118,6 +118,7 @@ class Run:
             max_length=recipe.data.max_length,
             last_only=recipe.data.supervise == "last",
             verify=recipe.data.verify,
+            decoding=decoding_options(recipe.data),
             picture_draws=self._picture_draws(),
             quarantine=recipe.data.on_error == "quarantine",
             max_bad_in_a_row=recipe.data.max_bad_in_a_row,

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.console import show_summary
-from evs_train.data.video import FrameSampling, read_video, video_metadata
+from evs_train.data.sampling import FrameSampling
+from evs_train.data.video import read_video, video_metadata
 from evs_train.errors import ModelError, RecipeError
 from evs_train.export import export_run, tensor_names
 from evs_train.serving import ENGINES

@@ -25,11 +25,13 @@ from PIL.Image import Image
 from torch.utils.data import Dataset
 
 from evs_train.data.chat import Example, SampleEncoder, build_example
+from evs_train.data.decoding import Decoding
 from evs_train.data.index import Fault, MediaIndex
 from evs_train.data.manifest import Sample
 from evs_train.data.quarantine import BadSample, NoneLeftError
-from evs_train.data.sources import Source, name_of
-from evs_train.data.video import Clip, FrameSampling, read_image, read_video
+from evs_train.data.sampling import FrameSampling
+from evs_train.data.sources import Source, TarMember, name_of
+from evs_train.data.video import Clip, read_image, read_video
 from evs_train.errors import DataError, EvsTrainError, MediaError
 
 # These keep the random streams apart: shuffle, stand-ins, shuffle within a source of a mixture, rates.
@@ -95,6 +97,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
         num_draws: length of the run in draws (steps * global batch).
         last_only: train on the last answer of each row alone.
         verify: check each video from end to end before its first use, unless `index` knows the file.
+        decoding: decoder and limits.
         picture_draws: draws whose frames are kept in the example, for pictures of what is pruned.
         quarantine: show another sample in the place of a bad one; otherwise the first bad one is an error.
         max_bad_in_a_row: samples tried for one draw before it is an error.
@@ -111,6 +114,7 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
     max_length: int | None = None
     last_only: bool = False
     verify: bool = True
+    decoding: Decoding = field(default_factory=Decoding)
     picture_draws: frozenset[int] = frozenset()
     shares: Shares = ()
     quarantine: bool = True
@@ -182,12 +186,12 @@ class TrainingStream(Dataset[Example | EvsTrainError]):
     def _clip(self, source: Source) -> Clip:
         verified = self._is_verified(source)
         with self._remembered(source):
-            return read_video(source, self.sampling, verify=self.verify and not verified)  # type: ignore[arg-type]
+            return read_video(source, self.sampling, verify=self.verify and not verified, decoding=self.decoding)
 
-    def _image(self, source: Source) -> Image:
+    def _image(self, source: str | TarMember) -> Image:
         self._is_verified(source)
         with self._remembered(source):
-            return read_image(source)  # type: ignore[arg-type]
+            return read_image(source, decoding=self.decoding)
 
     def _is_verified(self, source: Source) -> bool:
         """Whether the index knows the file, as it is now, to be good. Raises MediaError if it is known to be bad."""

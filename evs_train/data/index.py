@@ -28,8 +28,10 @@ from pyarrow import feather
 from torch.utils.data import DataLoader, Dataset
 
 from evs_train.config import DataSection
+from evs_train.data.decoding import DEFAULTS, Decoding
+from evs_train.data.sampling import FrameSampling
 from evs_train.data.sources import FrameList, Source, TarMember, name_of, read_bytes
-from evs_train.data.video import Clip, FrameSampling, read_image, read_video
+from evs_train.data.video import Clip, read_image, read_video
 from evs_train.errors import DataError, MediaError, Reason
 
 VERSION = "1"
@@ -163,15 +165,17 @@ def state_of(source: Source) -> tuple[int, int] | None:
     return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
 
 
-def probe(kind: Kind, source: Source, sampling: FrameSampling, *, verify: bool = True) -> Entry | MediaError:
+def probe(
+    kind: Kind, source: Source, sampling: FrameSampling, *, verify: bool = True, decoding: Decoding = DEFAULTS
+) -> Entry | MediaError:
     """Read a medium as training would. An error that may pass comes back as it is, since it makes no entry."""
     state = state_of(source)
     try:
         if kind == "image":
-            width, height = read_image(source).size  # type: ignore[arg-type]
+            width, height = read_image(source, decoding=decoding).size  # type: ignore[arg-type]
             facts = Facts("image", width, height, codec=Path(name_of(source)).suffix.lower().lstrip("."))
         else:
-            clip = read_video(source, sampling, verify=verify)  # type: ignore[arg-type]
+            clip = read_video(source, sampling, verify=verify, decoding=decoding)
             height, width = clip.frames.shape[1:3]
             codec, rotation = _codec(source)
             facts = Facts(
@@ -203,10 +207,16 @@ def unknown(
 
 
 def probe_all(
-    index: MediaIndex, todo: Sequence[tuple[Kind, Source, bool]], sampling: FrameSampling, num_workers: int
+    index: MediaIndex,
+    todo: Sequence[tuple[Kind, Source, bool]],
+    sampling: FrameSampling,
+    num_workers: int,
+    decoding: Decoding = DEFAULTS,
 ) -> Iterator[tuple[Source, MediaError | None]]:
     """Probe what `unknown` says, into `index`; yields each medium when it is done, with an error that may pass."""
-    for number, found in parallel(lambda one: probe(one[0], one[1], sampling, verify=one[2]), todo, num_workers):
+    for number, found in parallel(
+        lambda one: probe(one[0], one[1], sampling, verify=one[2], decoding=decoding), todo, num_workers
+    ):
         source = todo[number][1]
         if isinstance(found, Entry):
             index.entries[key_of(source)] = found

@@ -42,7 +42,7 @@ def name_of(source: Source) -> str:
     if isinstance(source, TarMember):
         return f"{source.shard}/{source.name}"
     if isinstance(source, FrameList):
-        return f"{source.paths[0]} and {len(source.paths) - 1} more frames"
+        return f"{source.paths[0]} and {len(source.paths) - 1} more frames" if source.paths else "a list of no frames"
     return source
 
 

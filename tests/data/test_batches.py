@@ -15,7 +15,7 @@ from evs_train.data.batches import TrainingStream, epoch_order, sample_of_draw, 
 from evs_train.data.chat import Example
 from evs_train.data.manifest import read_rows
 from evs_train.data.quarantine import NoneLeftError
-from evs_train.data.video import FrameSampling
+from evs_train.data.sampling import FrameSampling
 from evs_train.errors import DataError, MediaError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from evs_train.data.manifest import fingerprint, read_rows
+from evs_train.data.sampling import FrameSampling
 from evs_train.data.synthetic import write_dataset
-from evs_train.data.video import FrameSampling, read_image, read_video, video_metadata
+from evs_train.data.video import read_image, read_video, video_metadata
 from evs_train.errors import DataError
 
 EVERY_FRAME = FrameSampling(num_frames=1000)

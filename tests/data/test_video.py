@@ -15,7 +15,11 @@ from PIL import Image
 from transformers.models.nemotron_h_omni.processing_nemotron_h_omni import NemotronH_Omni_Reasoning_V3Processor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from evs_train.data.video import FrameSampling, check_video, read_image, read_video, sample_indices, video_metadata
+from evs_train.data.decode import check_video
+from evs_train.data.decoded import Sink
+from evs_train.data.decoding import DEFAULTS
+from evs_train.data.sampling import FrameSampling, sample_indices
+from evs_train.data.video import read_image, read_video, video_metadata
 from evs_train.errors import MediaError, RecipeError
 
 VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "videos"
@@ -286,8 +290,8 @@ def test_frames_without_their_key_frame_are_refused(tmp_path: Path, first_kept: 
 
 def test_check_counts_frames_and_notices_a_changed_file(tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", range(0, 1000, 100))
-    assert check_video(path) == 10
-    assert check_video(write_video(path, range(0, 700, 100))) == 7
+    assert check_video(str(path), DEFAULTS, Sink()) == 10
+    assert check_video(str(write_video(path, range(0, 700, 100))), DEFAULTS, Sink()) == 7
 
 
 def test_images_are_upright_rgb(tmp_path: Path) -> None:

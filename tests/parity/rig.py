@@ -15,8 +15,8 @@ from evs_train.config import DataSection, ModelSection
 from evs_train.data.batches import TrainingStream
 from evs_train.data.chat import Example
 from evs_train.data.manifest import read_rows
+from evs_train.data.sampling import FrameSampling
 from evs_train.data.template import IGNORE_INDEX
-from evs_train.data.video import FrameSampling
 from evs_train.models.loading import load_family, load_weights
 from evs_train.prune import KINDS, EvsHook, compact
 from evs_train.samplers import build_sampler

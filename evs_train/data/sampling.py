@@ -1,0 +1,83 @@
+"""Which frames of a video a model sees: a pure function of the frames' times.
+
+Invariant: chosen indices are strictly increasing, and the same times give the same choice on every machine.
+Cost: none to speak of. No frame is opened here; see `decode.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from evs_train.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a video the model sees. Exactly one of `fps` and `num_frames` is set.
+
+    Args:
+        fps: frames per second of video time; the result is clamped to `min_frames` and `max_frames`.
+        num_frames: this many frames spread uniformly over the video, whatever its length.
+        min_frames: lower clamp for `fps`; a video with fewer frames gives all it has.
+        max_frames: upper clamp for `fps`.
+
+    Raises:
+        RecipeError: a value or a combination that makes no sense.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int = 1
+    max_frames: int = 768
+
+    def __post_init__(self) -> None:
+        if (self.fps is None) == (self.num_frames is None):
+            given = "neither is" if self.fps is None else "both are"
+            raise RecipeError(f"exactly one of data.fps and data.num_frames must be set: {given}", "set one to null")
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+            raise RecipeError(f"data.fps must be a positive number, not {self.fps}")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise RecipeError(f"data.num_frames must be at least 1, not {self.num_frames}")
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise RecipeError(
+                f"data.min_frames must be at least 1 and at most data.max_frames: {self.min_frames}, {self.max_frames}"
+            )
+
+
+def sample_indices(timestamps: npt.NDArray[np.float64], sampling: FrameSampling) -> list[int]:
+    """Choose frames: pure, deterministic, strictly increasing.
+
+    By `fps`, the frame nearest in time to each of 0, 1/fps, 2/fps ... up to the start of the last frame (of two equally
+    near ones the earlier), each at most once. If that gives fewer than `min_frames` or more than `max_frames`, that
+    many frames are spread uniformly over the indices, as for `num_frames`.
+
+    Args:
+        timestamps: (total_frames,) seconds, ascending, of all frames of the video.
+        sampling: what to choose.
+
+    Returns:
+        Indices into `timestamps`; all of them where the video has no more than were asked for.
+    """
+    total = len(timestamps)
+    if sampling.fps is None:
+        return _spread(total, sampling.num_frames or total)
+    times = timestamps - timestamps[0]
+    # The slack keeps a last frame whose time is k/fps but for rounding (decord tells time in float32).
+    num_targets = math.floor(times[-1] * sampling.fps + 1e-3) + 1
+    midpoints = (times[1:] + times[:-1]) / 2
+    nearest = np.unique(np.searchsorted(midpoints, np.arange(num_targets) / sampling.fps, side="left"))
+    clamped = min(max(len(nearest), sampling.min_frames), sampling.max_frames)
+    return _spread(total, clamped) if clamped != len(nearest) else [int(index) for index in nearest]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """`count` of `total` indices from first to last; in integers, so that no rounding can repeat one."""
+    if count >= total:
+        return list(range(total))
+    if count == 1:
+        return [0]
+    return [(2 * k * (total - 1) + count - 1) // (2 * (count - 1)) for k in range(count)]
