@@ -110,6 +110,16 @@ def test_faults_that_may_pass_are_not_kept(tmp_path: Path, media: list[tuple[Kin
     assert gone not in found.entries
 
 
+def test_a_timeout_is_no_verdict(media: list[tuple[Kind, Source]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(path: str, sampling: FrameSampling, *, verify: bool = True) -> object:
+        raise MediaError(f"{path}: no frame in 60 s", reason="timeout")
+
+    monkeypatch.setattr(index, "read_video", slow)
+    error = probe("video", media[0][1], SAMPLING)
+    assert isinstance(error, MediaError)
+    assert error.reason == "timeout"
+
+
 def test_states_of_what_is_no_file(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"x" * 10)
