@@ -13,7 +13,7 @@ import torch
 from evs_train.config import DataSection, ModelSection
 from evs_train.data.batches import TrainingStream, epoch_order, sample_of_draw, stand_in_of_draw
 from evs_train.data.chat import Example
-from evs_train.data.manifest import read_rows
+from evs_train.data.manifest import read_data, read_rows
 from evs_train.data.quarantine import NoneLeftError
 from evs_train.data.sampling import FrameSampling
 from evs_train.errors import DataError, MediaError
@@ -106,7 +106,8 @@ def test_a_bad_sample_shifts_no_other_draw(mixed_rows: Path, tmp_path: Path, fam
         rows[number]["conversations"][0]["value"] = "<video>\nWhat?"
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(rows), encoding="utf-8")
-    samples = read_rows([file], mixed_rows.parent)
+    section = DataSection(rows=[str(file)], media_root=str(mixed_rows.parent), allow_outside=True)
+    samples = read_data(section).samples
     data = TrainingStream(samples, family, FrameSampling(fps=8.0), num_draws=20, seed=0)
     alone = TrainingStream(samples, family, FrameSampling(fps=8.0), num_draws=20, seed=0)
     shown = {draw: data.read(draw) for draw in range(20)}

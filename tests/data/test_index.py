@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,9 +178,9 @@ class TestTraining:
         """Files that were decoded, and whether they were checked from end to end."""
         made: list[tuple[str, bool]] = []
 
-        def recorded(path: str, sampling: FrameSampling, *, verify: bool = True) -> object:
+        def recorded(path: str, sampling: FrameSampling, *, verify: bool = True, **options: Any) -> object:
             made.append((Path(path).name, verify))
-            return read_video(path, sampling, verify=verify)
+            return read_video(path, sampling, verify=verify, **options)
 
         monkeypatch.setattr(batches, "read_video", recorded)
         return made
