@@ -171,6 +171,8 @@ PAIR = [{"i": "", "q": "What?", "a": "This."}]
          "has fps"),
         ("auto", {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4", "path": "w.mp4"}]}]},
          "has more than one file"),
+        ("auto", {"video": ["v.mp4", "w.mp4"], "conversations": [{"from": "human", "value": "<image><video>"}]},
+         r"1 <video> placeholder\(s\) in the text, but 2 file"),
         ("auto", {"QA": []}, '"QA" is empty'),
         ("auto", {"QA": [*PAIR, {"i": "", "q": "", "a": "x"}]}, 'QA item 2: neither "i" nor "q"'),
         ("auto", {"QA": [{"q": "What?"}]}, 'QA item 1: "a" is null'),
