@@ -30,7 +30,7 @@ from evs_train.data.sources import Source, name_of
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import DataError
 from evs_train.memory import MemoryEstimate, estimate_memory
-from evs_train.models.loading import PartSize, part_sizes
+from evs_train.models.tuning import PartSize, part_sizes
 from evs_train.samplers import cap_rate
 from evs_train.uptrain import Run, deepspeed_file
 

@@ -13,7 +13,7 @@ from evs_train.collate import BatchPlan
 from evs_train.config import Recipe
 from evs_train.data.quarantine import QUARANTINE_FILE
 from evs_train.export import Export
-from evs_train.models.loading import PartSize
+from evs_train.models.tuning import PartSize
 from evs_train.serving import caveat
 from evs_train.uptrain import Run, Summary
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from evs_train.config import Recipe
 from evs_train.models.base import Family
-from evs_train.models.loading import part_of, part_sizes
+from evs_train.models.tuning import part_of, part_sizes
 
 GIB = 2**30
 

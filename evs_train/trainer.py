@@ -32,7 +32,7 @@ from evs_train.collate import BatchPlan
 from evs_train.config import OptimSection
 from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
 from evs_train.data.template import IGNORE_INDEX
-from evs_train.models.loading import parameter_groups
+from evs_train.models.tuning import parameter_groups
 from evs_train.prune import EvsHook
 
 RATE_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -36,16 +36,9 @@ from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
 from evs_train.data.video import decoding_options, frame_sampling
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
-from evs_train.models.loading import (
-    PartSize,
-    apply_tuning,
-    encoder_trains,
-    load_family,
-    load_weights,
-    part_sizes,
-    without_weights,
-)
+from evs_train.models.loading import load_family, load_weights, without_weights
 from evs_train.models.tiny import build_tiny
+from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
 from evs_train.prune import EvsHook
 from evs_train.trainer import UptrainTrainer
 

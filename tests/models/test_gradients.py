@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from evs_train.config import PARTS, LoraSection, ModelSection, Part, TuningSection
-from evs_train.models.loading import apply_tuning, encoder_trains, load_weights, part_of
+from evs_train.models.loading import load_weights
+from evs_train.models.tuning import apply_tuning, encoder_trains, part_of
 from evs_train.prune import EvsHook
 from tests.models.test_loading import LORA_TARGETS
 from tests.parity.rig import Rig

@@ -20,17 +20,8 @@ from evs_train.config import PARTS, DataSection, LoraSection, ModelSection, Opti
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES
 from evs_train.models.base import Family
-from evs_train.models.loading import (
-    apply_tuning,
-    encoder_trains,
-    load_config,
-    load_family,
-    load_weights,
-    parameter_groups,
-    part_of,
-    part_sizes,
-    without_weights,
-)
+from evs_train.models.loading import load_config, load_family, load_weights, without_weights
+from evs_train.models.tuning import apply_tuning, encoder_trains, parameter_groups, part_of, part_sizes
 
 # Each part's modules and parameters, written down a second time, by attribute path: `parts` of the adapters must agree.
 MODULES: dict[str, dict[Part, list[str]]] = {

@@ -26,9 +26,10 @@ from evs_train.errors import ModelError
 from evs_train.export import export_run
 from evs_train.models import FAMILIES, REMOTE_FAMILIES
 from evs_train.models.base import Family
-from evs_train.models.loading import load_config, load_family, load_weights, part_of
+from evs_train.models.loading import load_config, load_family, load_weights
 from evs_train.models.tiny.common import chat_template, train_bpe
 from evs_train.models.tiny.nemotron import NEMOTRON_TEXT, NEMOTRON_TOKENIZER
+from evs_train.models.tuning import part_of
 from evs_train.uptrain import Run
 from tests.parity.rig import Rig, attention_mask, kept_positions
 from tests.runs import STILL, arguments, metrics, recipe_of

@@ -23,10 +23,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from evs_train.config import DataSection, ModelSection
 from evs_train.data.video import FrameSampling, read_video
 from evs_train.export import export_run
-from evs_train.models.loading import load_config, load_family, load_weights, part_of, without_weights
+from evs_train.models.loading import load_config, load_family, load_weights, without_weights
 from evs_train.models.nemotron_h_omni import NemotronHOmni
 from evs_train.models.nemotron_release import read_config
 from evs_train.models.tiny import TINY_FAMILIES
+from evs_train.models.tuning import part_of
 from evs_train.uptrain import Run
 from tests.runs import arguments, recipe_of
 

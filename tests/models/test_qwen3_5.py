@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from evs_train.config import TuningSection
-from evs_train.models.loading import apply_tuning, without_weights
+from evs_train.models.loading import without_weights
+from evs_train.models.tuning import apply_tuning
 from tests.parity.rig import Rig
 
 

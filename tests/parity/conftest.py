@@ -7,7 +7,7 @@ import pytest
 
 from evs_train.config import TuningSection
 from evs_train.models import FAMILIES
-from evs_train.models.loading import apply_tuning
+from evs_train.models.tuning import apply_tuning
 from tests.parity.rig import Rig
 
 _RIGS: dict[str, Rig] = {}
