@@ -28,7 +28,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from multiprocessing.util import Finalize
 from typing import Any, Literal
 
 import numpy as np
@@ -80,7 +79,7 @@ class Reply:
 class Decoder:
     """A child process that decodes one medium after the other. Threads wait for one another.
 
-    It is started by the first request, and again after it was lost.
+    It is started by the first request, and again after it was lost. It ends with this process, by itself.
     """
 
     def __init__(self) -> None:
@@ -88,7 +87,6 @@ class Decoder:
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._shared: mmap.mmap | None = None
-        self._closed_at_exit = False
 
     @property
     def pid(self) -> int | None:
@@ -150,7 +148,7 @@ class Decoder:
             self._socket.close()
         if self._child is not None:
             self._child.returncode = 0  # or its destructor would look for it among this process's children
-        self._lock, self._closed_at_exit = threading.Lock(), False
+        self._lock = threading.Lock()  # another thread may have held it
         self._child, self._socket, self._shared = None, None, None
 
     def _start(self) -> None:
@@ -170,9 +168,6 @@ class Decoder:
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, **single, "PYTHONPATH": paths},
             )
-        if not self._closed_at_exit:
-            Finalize(None, self.close, exitpriority=0)  # not atexit, whose handlers a loader's worker does not run
-            self._closed_at_exit = True
         self._socket.settimeout(START_SECONDS)
         try:
             self._receive()

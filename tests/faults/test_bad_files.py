@@ -52,7 +52,7 @@ def encode(path: Path, codec: str = "libx264", num_frames: int = 20, **options: 
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.options = {"threads": "1", **options}
         for index in range(num_frames):
-            picture = np.full((height, width, 3), 4 * index, np.uint8)
+            picture = np.full((height, width, 3), 4 * index % 256, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return path
@@ -350,6 +350,15 @@ def test_memory_is_limited(tmp_path: Path, backend: str) -> None:
         assert caught.value.reason == "out of memory"
     assert read(write_video(tmp_path / "small.mp4", [0, 100, 200]), memory_mb=64).total_frames == 3
     assert read(path, backend=backend, memory_mb=None).frames.shape == (3, 4096, 8192, 3)
+
+
+def test_memory_of_the_sampled_frames_is_limited(tmp_path: Path) -> None:
+    """100 frames of 0.9 MB: a frame fits, the clip does not."""
+    path = encode(tmp_path / "clip.mp4", num_frames=100, size=(640, 480), preset="ultrafast")
+    with pytest.raises(MediaError, match=r"data\.decode_memory_mb = 64") as caught:
+        read_video(path, FrameSampling(num_frames=100), decoding=Decoding(memory_mb=64))
+    assert caught.value.reason == "out of memory"
+    assert read(path, memory_mb=64).total_frames == 100
 
 
 # Strange files that are good.

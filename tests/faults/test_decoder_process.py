@@ -245,6 +245,22 @@ def test_every_loader_worker_has_its_own_child(clip: Path, tmp_path: Path, how: 
     assert DECODER.pid == own
 
 
+def test_a_process_forked_while_a_thread_decodes_can_read(clip: Path, long: Path) -> None:
+    read_video(clip, FOUR)
+    own = DECODER.pid
+    thread = threading.Thread(target=read_video, args=(long, FOUR), kwargs={"decoding": Decoding(max_pixels=8_000_000)})
+    thread.start()
+    time.sleep(0.1)
+    forked = os.fork()
+    if forked == 0:
+        signal.alarm(30)
+        os._exit(0 if read_video(clip, FOUR).total_frames == 40 and DECODER.pid != own else 1)
+    assert thread.is_alive(), "the file is too short to show it"
+    assert os.waitpid(forked, 0)[1] == 0
+    thread.join()
+    assert DECODER.pid == own
+
+
 @pytest.fixture
 def decoder() -> Iterator[Decoder]:
     one = Decoder()
