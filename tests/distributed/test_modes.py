@@ -29,6 +29,9 @@ def run(checkpoint: Path, rows: Path, output: Path, processes: int, deepspeed: s
         train__batch_size=2 // processes,
         evs__rate={"kind": "uniform", "min": 0.2, "max": 0.8},
     )
+    if processes == 1:
+        Run(recipe_of(words)).train()
+        return output
     done = torchrun(words, processes)
     assert done.returncode == 0, done.stderr[-4000:]
     return output
