@@ -20,14 +20,12 @@ norm comes behind that layer and never gets a gradient, so it is frozen.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part, Positions
@@ -97,13 +95,11 @@ class LlavaOnevision(Family):
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
         if kind == "image":
             inputs = {name: media[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
-            with _whole(model.model.image_newline):
-                out = model.get_image_features(**inputs, return_dict=True)
+            out = model.get_image_features(**inputs, return_dict=True)
             return [[embeds] for embeds in out.pooler_output]
         videos = media["pixel_values_videos"]
         frames = torch.cat(videos)
-        with _whole(model.model.image_newline):
-            rows = model.get_video_features(frames[None], return_dict=True).pooler_output[0]  # (all T * N + 1, D)
+        rows = model.get_video_features(frames[None], return_dict=True).pooler_output[0]  # (all T * N + 1, D)
         per_frame = (len(rows) - 1) // len(frames)
         *embeds, newline = rows.split([*(len(video) * per_frame for video in videos), 1])
         return [[torch.cat([one, newline])] for one in embeds]
@@ -129,13 +125,3 @@ class LlavaOnevision(Family):
         if of["video"]:  # the model flattens the first two dimensions of a tensor (batch, rows, D)
             outputs["video"] = BaseModelOutputWithPooling(pooler_output=torch.cat(of["video"])[None])
         return outputs
-
-
-def _whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
-    """Gathers a parameter that no submodule owns: ZeRO-3 does so only inside the whole model's forward."""
-    if not is_deepspeed_zero3_enabled():
-        return contextlib.nullcontext()
-    import deepspeed  # noqa: PLC0415 (imported late: it is slow, and says so on stderr)
-
-    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
-    return gathered

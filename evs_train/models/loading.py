@@ -66,6 +66,7 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
             check_remote_code(path, revision, trust_remote_code, fields)
         if model_type in RELEASED_AS:
             config = nemotron_release.read_config(fields)
+            config.name_or_path = path
         else:
             config = AutoConfig.from_pretrained(path, revision=revision, **_code_options(model_type, revision))
         # InternVL's releases leave both out; the outer default of transformers 5.23 would tie their separate heads.

@@ -58,7 +58,7 @@ def record(output: Path) -> list[dict[str, Any]]:
 @pytest.mark.xdist_group("distributed")
 def test_a_bad_row_leaves_the_same_curve_whoever_reads_it(checkpoint: Path, world: Path, tmp_path: Path) -> None:
     rows = rows_with(tmp_path, world, bad=2)
-    options = {"data__media_root": world.parent}
+    options = {"data__media_root": world.parent, "data__allow_outside": True}
     for workers in (0, 2):
         output = tmp_path / f"workers{workers}"
         Run(recipe_of(words_of(checkpoint, rows, output, data__num_workers=workers, **options))).train()
@@ -93,7 +93,7 @@ def test_a_bad_row_leaves_the_same_curve_whoever_reads_it(checkpoint: Path, worl
 
 def test_a_resumed_run_records_each_draw_once(checkpoint: Path, world: Path, tmp_path: Path) -> None:
     rows = rows_with(tmp_path, world, bad=2)
-    options = {"data__media_root": world.parent, "train__save_every": 2}
+    options = {"data__media_root": world.parent, "data__allow_outside": True, "train__save_every": 2}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for output in (whole, resumed):
         Run(recipe_of(words_of(checkpoint, rows, output, **options))).train()
@@ -112,7 +112,13 @@ def test_a_bad_share_ends_the_run_with_3(
     checkpoint: Path, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_with(tmp_path, world, bad=1)
-    options = {"data__media_root": world.parent, "train__batch_size": 52, "train__steps": 3, "evs__rate": 0.5}
+    options = {
+        "data__media_root": world.parent,
+        "data__allow_outside": True,
+        "train__batch_size": 52,
+        "train__steps": 3,
+        "evs__rate": 0.5,
+    }
     assert uptrain.main(words_of(checkpoint, rows, tmp_path / "run", **options)) == 3
     error = capfd.readouterr().err
     error = error[error.index("error: ") :]
@@ -138,7 +144,13 @@ def test_all_processes_end_in_the_same_step(checkpoint: Path, world: Path, tmp_p
         return {sample_of_draw(draw, len(samples), seed), stand_in_of_draw(draw, 1, len(samples), seed)} <= bad
 
     seed = next(seed for seed in range(100) if gives_up(3, seed) and not any(gives_up(d, seed) for d in range(3)))
-    options = {"data__media_root": world.parent, "data__max_bad_in_a_row": 2, "train__batch_size": 1, "seed": seed}
+    options = {
+        "data__media_root": world.parent,
+        "data__allow_outside": True,
+        "data__max_bad_in_a_row": 2,
+        "train__batch_size": 1,
+        "seed": seed,
+    }
     done = torchrun(words_of(checkpoint, rows, tmp_path / "run", **options), 2)
     assert done.returncode == 1
     codes = re.findall(r"exitcode\s*:\s*(-?\d+)", done.stderr)
