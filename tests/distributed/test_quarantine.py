@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from evs_train.config import DataSection
 from evs_train.data.batches import sample_of_draw, stand_in_of_draw
-from evs_train.data.manifest import read_rows
+from evs_train.data.manifest import Samples, read_data
 from evs_train.errors import BudgetError
 from evs_train.uptrain import Run
 from launch import uptrain
@@ -21,6 +22,11 @@ from tests.runs import arguments, metrics, recipe_of, torchrun
 STEPS = 6
 BATCH = 4
 SAME = ("loss", "evs/rate", "evs/video_tokens_before", "evs/video_tokens_after", "evs/supervised_tokens")
+
+
+def samples_of(rows: Path, world: Path) -> Samples:
+    """The rows, with paths that start at the world's folder, and others that lie elsewhere."""
+    return read_data(DataSection(rows=[str(rows)], media_root=str(world.parent), allow_outside=True)).samples
 
 
 def rows_with(folder: Path, world: Path, bad: int) -> Path:
@@ -73,7 +79,7 @@ def test_a_bad_row_leaves_the_same_curve_whoever_reads_it(checkpoint: Path, worl
         assert {name: other[name] for name in SAME} == pytest.approx({name: one[name] for name in SAME}, rel=1e-5)
         counts = {name: value for name, value in one.items() if name.startswith("data/")}
         assert counts == {name: value for name, value in other.items() if name.startswith("data/")}
-    samples = read_rows([rows], world.parent)
+    samples = samples_of(rows, world)
     bad = {number for number, sample in enumerate(samples) if sample.id.startswith("bad")}
     drawn = [sample_of_draw(draw, len(samples), 0) for draw in range(STEPS * BATCH)]
     replaced = [draw for draw, number in enumerate(drawn) if number in bad]
@@ -137,7 +143,7 @@ def test_a_bad_share_ends_the_run_with_3(
 def test_all_processes_end_in_the_same_step(checkpoint: Path, world: Path, tmp_path: Path) -> None:
     """Rows of which so many are bad that the second process soon meets two in a row; the first says it, and ends."""
     rows = rows_with(tmp_path, world, bad=6)
-    samples = read_rows([rows], world.parent)
+    samples = samples_of(rows, world)
     bad = {number for number, sample in enumerate(samples) if sample.id.startswith("bad")}
 
     def gives_up(draw: int, seed: int) -> bool:
