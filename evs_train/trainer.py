@@ -208,7 +208,9 @@ class UptrainTrainer(Trainer):
             else:
                 met += zip(batch["plan"].bad, batch["plan"].sample_ids, strict=True)
         lines = [line for bad, shown in met for line in self.quarantine.lines_of(bad, shown)]
-        mine = torch.tensor([len(met), len(lines), none_left], dtype=torch.int64, device=self.args.device)
+        # A process alone has nothing to reduce, and waits for no device.
+        device = self.args.device if self.accelerator.num_processes > 1 else torch.device("cpu")
+        mine = torch.tensor([len(met), len(lines), none_left], dtype=torch.int64, device=device)
         num_draws, num_lines, none_left = self.accelerator.reduce(mine, "sum").tolist()
         everyones = gather_object(lines) if num_lines else []
         self.quarantine.add(Found(num_draws, everyones, none_left), writes=self.is_world_process_zero())

@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part, Positions
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
@@ -23,6 +24,9 @@ from evs_train.data.video import Clip
 Features = list[Tensor]
 """Everything the encoder says of one video or image, each (num_tokens, D): pooled embeddings, then deepstack layers.
 Rows that stand behind a video's T * N tokens always stay (LLaVA-OneVision's newline)."""
+
+GATED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""`lora_targets` of language models as Llama's: attention and a gated MLP."""
 
 NO_ADAPTER_ON_EXPERTS = (
     "Routed experts and their routers are no linear layers: they get no adapters. (tuning.method=full trains them.)"
@@ -112,9 +116,13 @@ class Family(ABC):
     def blank(self, kind: Kind) -> Media:
         """Encoder inputs of the smallest blank video or image (CPU), for ranks whose batch has none."""
 
-    @abstractmethod
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
-        """`mm_encoder_outputs` for the forward, from the retained features of all media in reading order."""
+        """`mm_encoder_outputs` for the forward, from the retained features of all media in reading order.
+
+        Default: the pooled embeddings, images and videos apart.
+        """
+        pooled = {kind: tuple(item[0] for of, item in features if of == kind) for kind in get_args(Kind)}
+        return {kind: BaseModelOutputWithPooling(pooler_output=embeds) for kind, embeds in pooled.items() if embeds}
 
     def forward_inputs(
         self, model: Any, inputs: dict[str, Any], features: Sequence[tuple[Kind, Features]]
@@ -139,6 +147,15 @@ class Family(ABC):
                 torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
             )
         return merged
+
+
+class OneDimensional(Family):
+    """Base of families whose positions are places in the sequence."""
+
+    position_rules: ClassVar[tuple[Positions, ...]] = ("preserve", "sequential")
+
+    def position_ids(self, prepared: Prepared) -> Tensor:
+        return torch.arange(len(prepared.input_ids))[None]
 
 
 def reading_order(

@@ -21,15 +21,15 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from evs_train.config import Part, Positions
+from evs_train.config import Part
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
 from evs_train.data.video import Clip
-from evs_train.models.base import Family, Features, expanded, frames_tensor, reading_order
+from evs_train.models.base import GATED_LAYERS, Features, OneDimensional, expanded, frames_tensor, reading_order
 
 INPUTS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-class InternVL(Family):
+class InternVL(OneDimensional):
     """Adapter of InternVL 3."""
 
     model_type: ClassVar[str] = "internvl"
@@ -38,11 +38,8 @@ class InternVL(Family):
         "vision": ("model.vision_tower.",),
         "language_model": ("model.language_model.", "lm_head."),
     }
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = GATED_LAYERS
     shares_encoder: ClassVar[bool] = True
-    position_rules: ClassVar[tuple[Positions, ...]] = ("preserve", "sequential")
 
     def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
         processor = self.processor
@@ -73,9 +70,6 @@ class InternVL(Family):
     def _side(self, pixels: Tensor) -> int:
         """Tokens along a side of a tile."""
         return int(pixels.shape[-1] // self.config.vision_config.patch_size[0] * self.config.downsample_ratio)
-
-    def position_ids(self, prepared: Prepared) -> Tensor:
-        return torch.arange(len(prepared.input_ids))[None]
 
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
         pixels: list[Tensor] = media[INPUTS[kind]]

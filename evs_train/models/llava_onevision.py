@@ -25,16 +25,15 @@ from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from evs_train.config import Part, Positions
+from evs_train.config import Part
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
 from evs_train.data.video import Clip
-from evs_train.models.base import Family, Features, frames_tensor
+from evs_train.models.base import GATED_LAYERS, Features, OneDimensional, frames_tensor
 
 
-class LlavaOnevision(Family):
+class LlavaOnevision(OneDimensional):
     """Adapter of LLaVA-OneVision."""
 
     model_type: ClassVar[str] = "llava_onevision"
@@ -44,11 +43,8 @@ class LlavaOnevision(Family):
         "language_model": ("model.language_model.", "lm_head."),
     }
     unused: ClassVar[tuple[str, ...]] = ("model.vision_tower.post_layernorm.",)
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = GATED_LAYERS
     shares_encoder: ClassVar[bool] = True
-    position_rules: ClassVar[tuple[Positions, ...]] = ("preserve", "sequential")
 
     def normalized(self, text: str) -> str:
         return text.replace("<|im_start|>assistant \n", "<|im_start|>assistant\n")
@@ -88,9 +84,6 @@ class LlavaOnevision(Family):
         newlines = ends[torch.tensor([item.kind == "video" for item in items], dtype=torch.bool)]
         mask[torch.nonzero(mask)[newlines, 0]] = False
         return Prepared(ids, media, tuple(items), mask)
-
-    def position_ids(self, prepared: Prepared) -> Tensor:
-        return torch.arange(len(prepared.input_ids))[None]
 
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
         if kind == "image":

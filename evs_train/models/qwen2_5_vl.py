@@ -20,6 +20,7 @@ from torch import Tensor
 
 from evs_train.config import Part, Positions
 from evs_train.data.chat import Prepared
+from evs_train.models.base import GATED_LAYERS
 from evs_train.models.qwen_vl import QwenVL
 
 
@@ -32,9 +33,7 @@ class Qwen25VL(QwenVL):
         "vision": ("model.visual.",),
         "language_model": ("model.language_model.", "lm_head."),
     }
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = GATED_LAYERS
     position_rules: ClassVar[tuple[Positions, ...]] = ("preserve", "engine")
 
     def position_ids(self, prepared: Prepared) -> Tensor:

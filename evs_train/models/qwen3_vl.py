@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from evs_train.config import Part
 from evs_train.data.chat import Kind, Media
-from evs_train.models.base import Features
+from evs_train.models.base import GATED_LAYERS, Features
 from evs_train.models.qwen_vl import QwenVL
 
 
@@ -28,9 +28,7 @@ class Qwen3VL(QwenVL):
         "vision": ("model.visual.",),
         "language_model": ("model.language_model.", "lm_head."),
     }
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = GATED_LAYERS
 
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
         out = self._encoded(model, media, kind)

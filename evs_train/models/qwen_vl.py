@@ -18,7 +18,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Positions
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
@@ -125,7 +124,3 @@ class QwenVL(Family):
         if kind == "video":
             return {"pixel_values_videos": pixels, "video_grid_thw": grid}
         return {"pixel_values": pixels, "image_grid_thw": grid}
-
-    def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
-        pooled = {kind: tuple(item[0] for of, item in features if of == kind) for kind in TOKEN_TYPES}
-        return {kind: BaseModelOutputWithPooling(pooler_output=embeds) for kind, embeds in pooled.items() if embeds}

@@ -19,13 +19,11 @@ from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from evs_train.config import Part, Positions
+from evs_train.config import Part
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
 from evs_train.data.video import Clip, video_metadata
-from evs_train.models.base import Family, Features, frames_tensor, reading_order
+from evs_train.models.base import GATED_LAYERS, Features, OneDimensional, frames_tensor, reading_order
 
 INPUTS: dict[Kind, tuple[str, str, str]] = {
     "video": ("pixel_values_videos", "video_grid_thw", "video_merge_sizes"),
@@ -33,7 +31,7 @@ INPUTS: dict[Kind, tuple[str, str, str]] = {
 }
 
 
-class VideoLlama3(Family):
+class VideoLlama3(OneDimensional):
     """Adapter of VideoLLaMA 3 in the Hugging Face format."""
 
     model_type: ClassVar[str] = "video_llama_3"
@@ -42,11 +40,8 @@ class VideoLlama3(Family):
         "vision": ("model.vision_model.",),
         "language_model": ("model.language_model.", "lm_head."),
     }
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = GATED_LAYERS
     shares_encoder: ClassVar[bool] = True
-    position_rules: ClassVar[tuple[Positions, ...]] = ("preserve", "sequential")
 
     def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
         batch = self.processor(
@@ -73,9 +68,6 @@ class VideoLlama3(Family):
         is_media = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
         return Prepared(ids, media, reading_order(text, placeholders, items), is_media)
 
-    def position_ids(self, prepared: Prepared) -> Tensor:
-        return torch.arange(len(prepared.input_ids))[None]
-
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
         inputs = {name: media[name] for name in INPUTS[kind]}
         encoder = model.get_video_features if kind == "video" else model.get_image_features
@@ -88,7 +80,3 @@ class VideoLlama3(Family):
         vision = self.config.vision_config
         pixels = torch.zeros(1, vision.num_channels * vision.patch_size**2)
         return dict(zip(INPUTS[kind], (pixels, torch.ones(1, 3, dtype=torch.int64), torch.tensor([1])), strict=True))
-
-    def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
-        pooled = {kind: tuple(item[0] for of, item in features if of == kind) for kind in ("image", "video")}
-        return {kind: BaseModelOutputWithPooling(pooler_output=embeds) for kind, embeds in pooled.items() if embeds}
