@@ -47,6 +47,7 @@ class Worker:
         self._unsent: int | None = None  # its descriptor, until the parent has it
         self._reported = 0.0
         self._sink = Sink(self._allocate, self._progress)
+        self._own = _address_space()
 
     def serve(self) -> None:
         """Answer requests until the parent hangs up."""
@@ -54,8 +55,9 @@ class Worker:
         with self._connection.makefile("rb") as requests:
             while length := requests.read(8):
                 request = _exactly(requests, int.from_bytes(length, "little"))
-                facts = self.answer(*pickle.loads(request))  # noqa: S301 (our parent's)
-                self._reply(facts)
+                source, decoding, *rest = pickle.loads(request)  # noqa: S301 (our parent's)
+                facts = self.answer(source, decoding, *rest)
+                self._reply({**facts, "grown": self._has_grown(decoding)})
 
     def answer(
         self, source: Source, decoding: Decoding, sampling: FrameSampling | None = None, verify: bool = True
@@ -118,10 +120,26 @@ class Worker:
             self._connection.sendall(b"\n")
 
     def _limit_memory(self, memory_mb: int | None) -> None:
+        """What earlier files left behind is no room for this one: neither their pixels nor anything else."""
         _, most = resource.getrlimit(resource.RLIMIT_AS)
-        own = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
-        limit = most if memory_mb is None else own + (memory_mb << 20)
+        limit = most
+        if memory_mb is not None:
+            if self._kept() > memory_mb << 18:  # a quarter of the limit: the decoder may need it
+                self._shared = None
+            limit = _address_space() - self._kept() + (memory_mb << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+
+    def _has_grown(self, decoding: Decoding) -> bool:
+        """Whether decoders left so much behind that a new process should go on."""
+        most = decoding.memory_mb
+        return most is not None and _address_space() - self._kept() - self._own > most << 20
+
+    def _kept(self) -> int:
+        return 0 if self._shared is None else len(self._shared)
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
 
 
 def _exactly(requests: BinaryIO, size: int) -> bytes:

@@ -113,8 +113,8 @@ class Decoder:
                 message = pickle.dumps(request)
                 self._socket.sendall(len(message).to_bytes(8, "little") + message)
                 facts, memory = self._receive()
-                if "error" not in facts:
-                    return Reply(facts, self._pixels(memory, facts.pop("shape")))
+                refusal = MediaError(*facts["error"]) if "error" in facts else None
+                pixels = None if refusal else self._pixels(memory, facts.pop("shape"))
             except TimeoutError as error:
                 self.close()
                 raise MediaError(
@@ -127,10 +127,13 @@ class Decoder:
             except BaseException:  # an interrupt, say: the reply to come must not be taken for that of the next request
                 self.close()
                 raise
-            refusal = MediaError(*facts["error"])
-            if refusal.reason == "out of memory":  # decoders do not clean up after themselves in that case
+            # Decoders do not clean up after themselves when memory runs out, and may leave something behind otherwise.
+            if facts.pop("grown") or (refusal and refusal.reason == "out of memory"):
                 self.close()
-        raise refusal
+        if refusal:
+            raise refusal
+        assert pixels is not None
+        return Reply(facts, pixels)
 
     def close(self) -> None:
         """Kill the child, if there is one."""

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evs_train.data.decoding import Decoding
+from evs_train.data.decoding import DECODER, Decoding
 from evs_train.data.media_files import locate
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.video import Clip, read_image, read_video
@@ -359,6 +359,30 @@ def test_memory_of_the_sampled_frames_is_limited(tmp_path: Path) -> None:
         read_video(path, FrameSampling(num_frames=100), decoding=Decoding(memory_mb=64))
     assert caught.value.reason == "out of memory"
     assert read(path, memory_mb=64).total_frames == 100
+
+
+def test_what_a_decoder_keeps_does_not_change_the_next_verdict(tmp_path: Path) -> None:
+    """The decoder keeps the memory of 92 MB of frames: neither is it room for the next file, nor is it missing."""
+    path = encode(tmp_path / "clip.mp4", num_frames=100, size=(640, 480), preset="ultrafast")
+    everything = FrameSampling(num_frames=100)
+    assert len(read_video(path, everything).frames) == 100
+    with pytest.raises(MediaError, match=r"data\.decode_memory_mb = 64"):
+        read_video(path, everything, decoding=Decoding(memory_mb=64))
+    assert len(read_video(path, everything).frames) == 100
+    assert read(path, memory_mb=64).total_frames == 100
+
+
+def test_a_decoder_that_grew_is_replaced(tmp_path: Path) -> None:
+    """A large file leaves heaps behind that are never given back: more than a limit of 64 MiB allows in all."""
+    large = encode(tmp_path / "large.mp4", num_frames=30, size=(1920, 1080), preset="ultrafast")
+    small = write_video(tmp_path / "small.mp4", [0, 100, 200])
+    DECODER.close()
+    read(large, memory_mb=None)
+    grown = DECODER.pid
+    read(small, memory_mb=4096)
+    assert DECODER.pid == grown
+    read(small, memory_mb=64)
+    assert DECODER.pid is None
 
 
 # Strange files that are good.
