@@ -27,17 +27,21 @@ from transformers import PreTrainedModel
 from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.collate import Collator
 from evs_train.config import DataSection, EvsSection, ModelSection, Positions
-from evs_train.data.chat import Example, build_prompt
+from evs_train.data.chat import Example, Kind, Media, build_prompt
 from evs_train.data.decoding import Decoding
 from evs_train.data.manifest import read_prompt
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.video import decoding_options, frame_sampling, read_image, read_video
 from evs_train.errors import RecipeError
-from evs_train.models.base import Family
+from evs_train.models.base import Family, Features
 from evs_train.models.loading import load_family, load_weights
-from evs_train.prune import EvsHook, to_device
+from evs_train.prune import KINDS, EvsHook, to_device
 from evs_train.recipe import parse_recipe
 from evs_train.samplers import build_sampler
+
+
+Encoded = dict[Kind, list[Features]]
+"""Features of all images and all videos of a prompt, each in its order."""
 
 
 @dataclass
@@ -127,30 +131,51 @@ class PrunedModel:
         images = [read_image(path, decoding=self.decoding) for path in sample.images]
         return build_prompt(sample, clips, images, self.family, template_kwargs=self.template_kwargs)
 
-    @torch.inference_mode()
     def inputs(self, prompt: Example, pruning_rate: float) -> dict[str, Any]:
         """Arguments of the model's forward for one prompt, its videos encoded and pruned; all rows of shape (1, K)."""
+        return self.inputs_of_rows([prompt], pruning_rate, self.encode(prompt))
+
+    @torch.inference_mode()
+    def encode(self, prompt: Example) -> Encoded:
+        """What the encoder says of the media of one prompt. It does not depend on the rate."""
+        media = to_device(prompt.media, self.model.device)
+        return {
+            kind: self.family.encode(self.model, media, kind) if self.family.num_encoder_calls(media, kind) else []
+            for kind in KINDS
+        }
+
+    @torch.inference_mode()
+    def inputs_of_rows(self, rows: Sequence[Example], pruning_rate: float, encoded: Encoded) -> dict[str, Any]:
+        """Arguments of the model's forward for rows that show the same media, padded on the right, pruned alike.
+
+        Args:
+            rows: examples with the media that `encoded` comes from.
+            pruning_rate: 0 <= rate < 1, not capped.
+            encoded: of `encode`; each row gets it.
+        """
         collator = Collator(
             sampler=build_sampler(pruning_rate),
             seed=0,
             global_batch=1,
             pad_token_id=self.family.pad_token_id,
-            merge_media=self.family.merge_media,
+            merge_media=lambda media: {},
             cap=False,
             sequential=self.family.positions == "sequential",
         )
-        hook = EvsHook(self.family, self.model, engine_score=self.engine_score, float32_score=self.float32_score)
-        pruned = hook.prune(to_device(collator([prompt]), self.model.device))
+        hook = _Encoded(self.family, self.model, engine_score=self.engine_score, float32_score=self.float32_score)
+        hook.encoded = {kind: features * len(rows) for kind, features in encoded.items()}
+        pruned = hook.prune(to_device(collator(rows), self.model.device))
         del pruned["labels"]
         return pruned
 
     @torch.inference_mode()
-    def generate(self, prompt: Example, pruning_rate: float, **options: Any) -> Tensor:
+    def generate(self, prompt: Example, pruning_rate: float, encoded: Encoded | None = None, **options: Any) -> Tensor:
         """Continue one prompt whose videos are pruned.
 
         Args:
             prompt: of `prompt`, or any example; its labels are not looked at.
             pruning_rate: 0 <= rate < 1, applied as serving does: not capped for short videos.
+            encoded: of `encode`, if it was called before.
             options: those of transformers' `generate`, such as `max_new_tokens`; greedy unless `do_sample=True`.
 
         Returns:
@@ -159,10 +184,20 @@ class PrunedModel:
         Raises:
             RecipeError: the rate is out of range.
         """
-        pruned = self.inputs(prompt, pruning_rate)
+        pruned = self.inputs_of_rows([prompt], pruning_rate, encoded or self.encode(prompt))
         out = self.model.generate(**pruned, **{"do_sample": False, "use_cache": True, **options})
         new: Tensor = out[0, pruned["input_ids"].shape[1] :]
         return new
+
+
+@dataclass
+class _Encoded(EvsHook):
+    """A hook that is given what the encoder said, instead of running it."""
+
+    encoded: Encoded = field(default_factory=dict)
+
+    def _encode(self, media: Media, training: bool) -> tuple[Encoded, list[tuple[Kind, Features]]]:
+        return self.encoded, []
 
 
 _SAMPLING = (
