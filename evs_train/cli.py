@@ -2,6 +2,7 @@
 
 `evs-train check recipe=NAME [key.sub=value ...] [processes=N] [--json] [--strict]`
 `evs-train export run=runs/tiny [rate=0.75] [out=DIR]`
+`evs-train eval model=CHECKPOINT data=ROWS [rates=[0,0.5,0.75]] [out=DIR] [key=value ...]`
 """
 
 from __future__ import annotations
@@ -65,7 +66,18 @@ def export(words: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check, "export": export}
+def evaluation(words: Sequence[str]) -> int:
+    """Ask a model questions at several pruning rates; the keys are those of `evaluate/options.py`."""
+    from evs_train.evaluate.options import parse_options  # noqa: PLC0415 (bad options are answered first)
+
+    options = parse_options(words)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from evs_train.evaluate.command import run  # noqa: PLC0415
+
+    return run(options)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check, "export": export, "eval": evaluation}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

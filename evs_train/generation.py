@@ -39,7 +39,6 @@ from evs_train.prune import KINDS, EvsHook, to_device
 from evs_train.recipe import parse_recipe
 from evs_train.samplers import build_sampler
 
-
 Encoded = dict[Kind, list[Features]]
 """Features of all images and all videos of a prompt, each in its order."""
 
@@ -92,11 +91,7 @@ class PrunedModel:
         section = ModelSection(path=str(checkpoint), dtype=dtype, **model)
         if section.attn_implementation == "flash_attention_2":
             raise RecipeError("flash_attention_2 does not generate from pruned video", "use sdpa")
-        evs, trained_on = _trained_with(Path(checkpoint))
-        given = dict(data or {})
-        if {"fps", "num_frames"} & given.keys():  # one unsets the other
-            trained_on = {key: value for key, value in trained_on.items() if key not in ("fps", "num_frames")}
-        options = DataSection(rows=["none"], **{**trained_on, **given})
+        evs, options = settings_of(checkpoint, data)
         family = load_family(section, options, positions or evs.positions)
         trained_rate = float(family.config.to_dict().get("video_pruning_rate") or 0.0)
         plain = load_weights(section, family.config, getattr(torch, dtype))
@@ -203,6 +198,15 @@ class _Encoded(EvsHook):
 _SAMPLING = (
     "fps", "num_frames", "min_frames", "max_frames", "video_kwargs", "image_kwargs", "template_kwargs",
 )  # fmt: skip
+
+
+def settings_of(checkpoint: str | Path, data: Mapping[str, Any] | None = None) -> tuple[EvsSection, DataSection]:
+    """How a checkpoint is pruned and how its videos are sampled, as `PrunedModel.load` takes it. Reads no weights."""
+    evs, trained_on = _trained_with(Path(checkpoint))
+    given = dict(data or {})
+    if {"fps", "num_frames"} & given.keys():  # one unsets the other
+        trained_on = {key: value for key, value in trained_on.items() if key not in ("fps", "num_frames")}
+    return evs, DataSection(rows=["none"], **{**trained_on, **given})
 
 
 def _trained_with(checkpoint: Path) -> tuple[EvsSection, dict[str, Any]]:

@@ -7,8 +7,8 @@ where every video has one question.
 
 Invariant: the same answers, seed and number of resamples give the same numbers, in whatever order the questions come.
 Cost: `NUM_RESAMPLES` x videos draws, a second for a thousand videos. Percentile intervals are a little narrow with few
-videos (10 give 93 % in simulations like those of tests/evaluate/test_statistics.py); no correction for many comparisons is
-made.
+videos (10 give 93 % in simulations like those of tests/evaluate/test_statistics.py). Nothing is corrected for many
+comparisons.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def accuracy(correct: Sequence[bool], videos: Sequence[str], seed: int = 0) -> E
 
 
 def difference(before: Sequence[bool], after: Sequence[bool], videos: Sequence[str], seed: int = 0) -> Estimate:
-    """Accuracy of `after` less that of `before`, over the same questions, with the interval of the paired difference."""
+    """Accuracy of `after` less that of `before` on the same questions, with the interval of the paired difference."""
     return means([[float(b) - float(a) for a, b in zip(before, after, strict=True)]], videos, -1.0, seed)[0]
 
 
@@ -163,8 +163,8 @@ def within_tolerance(dense: float, change: Estimate, tolerance: float) -> str:
         tolerance: share of the dense accuracy that may be lost.
 
     Returns:
-        "yes": the whole interval is above the limit. "no": the whole interval is below it. "open": the limit lies in the
-        interval, so the questions are too few to tell.
+        "yes": the whole interval is above the limit. "no": the whole interval is below it. "open": the limit lies in
+        the interval, so the questions are too few to tell.
     """
     limit = -tolerance * dense
     if change.low >= limit or math.isclose(change.low, limit, abs_tol=1e-12):
