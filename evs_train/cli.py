@@ -1,7 +1,7 @@
 """The `evs-train` command. Arguments are `key=value`, as in recipes.
 
 `evs-train check recipe=NAME [key.sub=value ...] [processes=N] [--json] [--strict]`
-`evs-train export run=runs/tiny [rate=0.75] [out=DIR]`
+`evs-train export run=runs/tiny [rate=0.75|recommended] [out=DIR]`
 `evs-train eval model=CHECKPOINT data=ROWS [rates=[0,0.5,0.75]] [out=DIR] [key=value ...]`
 """
 
@@ -50,11 +50,18 @@ def check(words: Sequence[str]) -> int:
 
 
 def export(words: Sequence[str]) -> int:
-    """Write the checkpoint of a finished run: run=FOLDER, and optionally rate=Q and out=DIR."""
+    """Write the checkpoint of a finished run: run=FOLDER, and optionally rate=Q and out=DIR.
+
+    `rate=recommended` takes the rate that the run's evaluation recommends; eval=DIR names its folder.
+    """
     from evs_train.export import export_run  # noqa: PLC0415 (torch is imported only by the commands that need it)
 
     arguments = _pairs(words)
-    _check_keys(arguments, required=("run",), optional=("rate", "out"))
+    _check_keys(arguments, required=("run",), optional=("rate", "out", "eval"))
+    if arguments.get("rate") == "recommended":
+        from evs_train.evaluate.report import recommended_rate  # noqa: PLC0415
+
+        arguments["rate"] = str(recommended_rate(arguments["run"], arguments.get("eval")))
     try:
         rate = float(arguments["rate"]) if "rate" in arguments else None
     except ValueError as error:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from evs_train.evaluate.options import EvalOptions
 
-COLUMNS = ("rate", "accuracy, %", "to dense, points", "tolerance", "video tokens", "prefill", "GPU memory")
+COLUMNS = ("rate", "accuracy, %", "to dense, points", "tolerance", "tokens", "prefill", "GPU")
 
 
 def show_results(results: dict[str, Any], folder: str, console: Console) -> None:
@@ -21,7 +22,7 @@ def show_results(results: dict[str, Any], folder: str, console: Console) -> None
     data = results["data"]
     console.print(f"{data['num_questions']:,} questions about {data['num_videos']:,} videos")
     for model in results["models"]:
-        table = Table(*COLUMNS, title=model["name"])
+        table = Table(*COLUMNS, title=model["name"], box=box.SIMPLE_HEAD, padding=(0, 1))
         for row in rows_of_table(model):
             table.add_row(*row)
         console.print(table)
@@ -39,12 +40,12 @@ def rows_of_table(model: dict[str, Any]) -> Iterator[list[str]]:
         mark = " *" if point["first_unit_only"] else ""
         yield [
             f"{point['rate']:g}{mark}",
-            _interval(point["accuracy"]),
-            _interval(point["difference"], signed=True) if "difference" in point else "-",
+            interval(point["accuracy"]),
+            interval(point["difference"], signed=True) if "difference" in point else "-",
             point.get("tolerance", "-"),
             f"{share:.0%}" if share is not None else "-",
-            f"{prefill['of_dense']:.0%}, {prefill['seconds']:.3f} s" if prefill else "-",
-            f"{peak / 2**30:.2f} GiB" if peak else "-",
+            f"{prefill['of_dense']:.0%}" if prefill else "-",
+            f"{peak / 2**30:.1f} GiB" if peak else "-",
         ]
 
 
@@ -56,7 +57,7 @@ def sentences(results: dict[str, Any]) -> Iterator[str]:
     for one in results["comparisons"]:
         first, second = (results["models"][one[key]]["name"] for key in ("against", "model"))
         yield (
-            f"At rate {one['rate']:g}, {second} has {_interval(one['difference'], signed=True)} points against {first}: "
+            f"At rate {one['rate']:g}, {second} against {first}: {interval(one['difference'], signed=True)} points, "
             f"{one['gained']} answers gained, {one['lost']} lost, p = {one['p_value']:.2g} (sign-flip test by video)."
         )
     if results["skipped"]:
@@ -118,7 +119,7 @@ def _recommendation(model: dict[str, Any], options: EvalOptions) -> Iterator[str
     )
 
 
-def _interval(estimate: dict[str, Any], *, signed: bool = False) -> str:
+def interval(estimate: dict[str, Any], *, signed: bool = False) -> str:
     """In percent or points, with the ends of the 95 % interval."""
     form = "{:+.1f} [{:+.1f}, {:+.1f}]" if signed else "{:.1f} [{:.1f}, {:.1f}]"
     return form.format(*(100 * estimate[key] for key in ("value", "low", "high")))

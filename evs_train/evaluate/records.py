@@ -118,7 +118,7 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def model_identity(checkpoint: str) -> dict[str, Any]:
-    """What tells a local checkpoint's weights from others: names, sizes and times of its files; a hub name is itself."""
+    """What tells a checkpoint's weights from others: names, sizes and times of its files. A hub name is its own."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         return {"name": checkpoint}

@@ -38,11 +38,11 @@ from evs_train.evaluate.records import (
     read_records,
     run_of_export,
 )
+from evs_train.evaluate.report import RESULTS_FILE
 from evs_train.evaluate.server import ServerModel
 from evs_train.evaluate.summary import summarise
 from evs_train.generation import PrunedModel, settings_of
 
-RESULTS_FILE = "results.json"
 _PACKAGES = ("evs-train", "torch", "transformers", "decord2", "av", "numpy")
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process
 

@@ -180,8 +180,8 @@ def proof(counted: int | None, pruned: int, dense: int) -> str | None:
         dense: tokens without pruning.
 
     Returns:
-        "pruned", or "ignored" where it read the whole video, "dense" where both counts are equal and met, "other" for any
-        other count: the server samples or resizes otherwise than is assumed here. None if it does not tell.
+        "pruned", or "ignored" where it read the whole video, "dense" where both counts are equal and met, "other" for
+        any other count: the server samples or resizes otherwise than is assumed here. None if it does not tell.
     """
     if counted is None:
         return None

@@ -1,9 +1,9 @@
 """Accuracy with its uncertainty when several questions are asked about one video, and tests between paired answers.
 
-Questions about one video stand or fall together, so the video is the unit that is drawn: intervals come from a bootstrap
-over videos, and a difference between two sets of answers to the same questions from the same draws (paired). The test
-between two checkpoints flips the sign of each video's difference; it is exact, needs no seed, and is McNemar's exact test
-where every video has one question.
+Questions about one video stand or fall together, so the video is the unit that is drawn: intervals come from a
+bootstrap over videos, and a difference between two sets of answers to the same questions from the same draws (paired).
+The test between two checkpoints flips the sign of each video's difference; it is exact, needs no seed, and is McNemar's
+exact test where every video has one question.
 
 Invariant: the same answers, seed and number of resamples give the same numbers, in whatever order the questions come.
 Cost: `NUM_RESAMPLES` x videos draws, a second for a thousand videos. Percentile intervals are a little narrow with few
