@@ -22,7 +22,7 @@ def show_results(results: dict[str, Any], folder: str, console: Console) -> None
     data = results["data"]
     console.print(f"{data['num_questions']:,} questions about {data['num_videos']:,} videos")
     for model in results["models"]:
-        table = Table(*COLUMNS, title=model["name"], box=box.SIMPLE_HEAD, padding=(0, 1))
+        table = Table(*COLUMNS, title=model["name"], box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for row in rows_of_table(model):
             table.add_row(*row)
         console.print(table)
