@@ -99,6 +99,9 @@ def _points(curve: OfRate, options: EvalOptions) -> list[dict[str, Any]]:
         point["types"] = {
             label: {"num_questions": len(groups[label]), **asdict(found[rate][0])} for label, found in of_types.items()
         }
+        if options.server and rate > 0 and 0.0 in curve and not any(one.proof for one in curve[rate]):
+            counts = [(one.tokens, other.tokens) for one, other in zip(curve[rate], curve[0.0], strict=True)]
+            point["same_tokens_as_dense"] = all(here is not None and here == dense for here, dense in counts)
         points.append(point | _answers(curve[rate]) | _tokens(curve[rate]) | _costs(curve[rate]))
     return points
 
