@@ -71,15 +71,19 @@ def _pieces(results: dict[str, Any], picture: str) -> Iterator[str]:
 
 def _types(model: dict[str, Any]) -> Iterator[str]:
     points = model["points"]
-    if points and points[0]["types"]:
+    of_types = points[0]["types"] if points else {}
+    rows = [
+        [label, str(found["num_questions"]), *(interval(point["types"][label]) for point in points)]
+        for label, found in of_types.items()
+    ]
+    for match in ("exact", "contains"):
+        free = [point["free_answers"] for point in points if "free_answers" in point]
+        if free:
+            shares = [f"{100 * found[match]:.1f}" for found in free]
+            rows.append([f"free answers, {match}", str(free[0]["num_questions"]), *shares])
+    if rows:
         yield "<h3>By type of question: accuracy, %</h3>"
-        yield _table(
-            ["type", "questions", *(f"{point['rate']:g}" for point in points)],
-            (
-                [label, str(of_type["num_questions"]), *(interval(point["types"][label]) for point in points)]
-                for label, of_type in points[0]["types"].items()
-            ),
-        )
+        yield _table(["type", "questions", *(f"{point['rate']:g}" for point in points)], rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -72,8 +72,8 @@ class ByVideo:
 def means(columns: Sequence[Sequence[float]], videos: Sequence[str], lowest: float, seed: int = 0) -> list[Estimate]:
     """Mean of each column over the questions, with its interval, all from the same draws of videos.
 
-    Where all values of a column are equal, resampling shows no spread; the interval is then as wide as a change could
-    be that so many videos need not have shown (`unseen`).
+    Where all values of a column are equal, or all are of one video, resampling shows no spread; the interval is then as
+    wide as a change could be that so many videos need not have shown (`unseen`).
 
     Args:
         columns: values of each question, between `lowest` and 1.
@@ -95,8 +95,8 @@ def means(columns: Sequence[Sequence[float]], videos: Sequence[str], lowest: flo
     slack = unseen(groups.num_videos)
     return [
         Estimate(float(column.mean()), float(low), float(high))
-        if np.ptp(column)
-        else Estimate(mean := float(column[0]), max(lowest, mean - slack), min(1.0, mean + slack))
+        if np.ptp(column) and groups.num_videos > 1
+        else Estimate(mean := float(column.mean()), max(lowest, mean - slack), min(1.0, mean + slack))
         for column, low, high in zip(values, lows, highs, strict=True)
     ]
 

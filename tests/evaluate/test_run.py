@@ -27,7 +27,7 @@ from evs_train.evaluate.summary import summarise
 from evs_train.evs import retained_tokens
 from evs_train.generation import PrunedModel
 from evs_train.models.tiny import build_tiny
-from tests.evaluate.test_layouts import mvbench
+from tests.evaluate.test_layouts import WRITERS, mvbench
 from tests.runs import ROOT, torchrun
 
 OPTIONS = ["A red circle.", "A blue square.", "A green triangle."]
@@ -263,6 +263,16 @@ def test_segments_and_frames_are_shown_from_their_start(checkpoint: Path, tmp_pa
         assert item.num_units == -(-count // 2)
 
 
+@pytest.mark.parametrize("layout", WRITERS)
+def test_every_benchmark_is_asked(checkpoint: Path, layout: str, tmp_path: Path) -> None:
+    WRITERS[layout](tmp_path / "data")
+    results = run(checkpoint, tmp_path / "data", tmp_path / "out", layout=layout, rates=[0.5], min_frames=1)
+    (model,) = results["models"]
+    assert [point["rate"] for point in model["points"]] == [0.0, 0.5]
+    assert results["data"]["num_choices"] == results["data"]["num_questions"] > 0
+    assert all(one.said and len(one.scores) > 1 for one in read_records(tmp_path / "out"))
+
+
 def test_prefill_is_measured_at_all_rates_in_turns(
     checkpoint: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +315,13 @@ def test_a_segment_begins_at_zero() -> None:
     found = from_its_start(clip)
     assert (found.frame_indices, found.total_frames, found.duration) == ([0, 4], 5, 0.625)
     assert found.timestamps.tolist() == [0.0, 0.5]
+
+
+def test_equal_choices_favour_no_letter_and_are_decided_alike_at_all_rates() -> None:
+    chosen = [local.likeliest([-1.0, -2.0, -1.0, -1.0], f"question {i}") for i in range(300)]
+    assert {place: 80 < chosen.count(place) < 120 for place in set(chosen)} == {0: True, 2: True, 3: True}
+    assert chosen == [local.likeliest([-3.0, -4.0, -3.0, -3.0], f"question {i}") for i in range(300)]
+    assert local.likeliest([-2.0, -1.0, -3.0], "x") == 1
 
 
 def record(rate: float, question: int, correct: bool, **keys: Any) -> Record:

@@ -83,6 +83,11 @@ def test_one_video_more_often_asked_about_weighs_more() -> None:
     assert (found.low, found.high) == (0.0, 1.0)  # both, or one of them twice: nothing else can be drawn
 
 
+def test_one_video_shows_no_spread_and_so_nothing() -> None:
+    found = accuracy([True, False, True, True], ["a"] * 4)
+    assert (found.value, found.low, found.high) == (0.75, 0.0, 1.0)
+
+
 def test_the_order_of_questions_does_not_matter_and_the_seed_does() -> None:
     rng = np.random.default_rng(3)
     right, videos, _ = simulated(rng, 30, per_video=2)
