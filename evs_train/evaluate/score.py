@@ -71,11 +71,7 @@ def log_likelihoods(
         logits = last_logits(model, [extended(prompt, shared)], encoded, pruning_rate, 1)  # (1, 1, V)
         return [float(logits[0, 0, rest[0]]) for rest in rests]
     rows = [extended(prompt, [*shared, *rest[:-1]]) for rest in rests]
-    width = max(len(row.input_ids) for row in rows)
-    padded = [model.family.pad_token_id] * longest
-    # All rows of one length, so that the kept positions are the same ones: what a row is filled up with comes last.
-    filled = [extended(row, padded[: width - len(row.input_ids)]) for row in rows]
-    logits = last_logits(model, filled, encoded, pruning_rate, longest)  # (choices, longest, V)
+    logits = last_logits(model, rows, encoded, pruning_rate, longest)  # (choices, longest, V)
     return [float(sum(logits[row, place, token] for place, token in enumerate(rest))) for row, rest in enumerate(rests)]
 
 
@@ -83,7 +79,7 @@ def log_likelihoods(
 def last_logits(
     model: PrunedModel, rows: Sequence[Example], encoded: Encoded, pruning_rate: float, count: int
 ) -> Tensor:
-    """(rows, count, V) float32 log-softmax at the last `count` places of rows of one length, on the CPU."""
+    """(rows, count, V) float32 log-softmax at the last `count` places of the batch, padding included, on the CPU."""
     inputs = model.inputs_of_rows(rows, pruning_rate, encoded)
     logits: Tensor = model.model(**inputs, use_cache=False, logits_to_keep=count).logits
     return logits[:, -count:].float().log_softmax(-1).cpu()

@@ -35,7 +35,7 @@ def results(**keys: Any) -> dict[str, Any]:
     options = EvalOptions(model=["m"], data=["<i>rows</i>.jsonl"], **keys)
     records = [
         Record(
-            0, f"q{i}", f"v{i}", ("count" if i % 2 else "motion",), rate, i < right, "A", (0.0, -1.0),
+            0, f"q{i}", f"v{i}", ("count" if i % 2 else "<u>motion</u>",), rate, i < right, "A", (0.0, -1.0),
             video_tokens=100, retained=int(100 * (1 - rate)), tokens=150, first_unit_only=rate >= 0.8,
             prefill_seconds=1.0 - rate, dense_seconds=1.0, encode_seconds=1.0, peak_bytes=3 << 30,
         )
@@ -82,7 +82,7 @@ def test_the_page_needs_no_other_file_and_shows_every_number(tmp_path: Path) -> 
     (source,) = page.sources
     assert source.startswith("data:image/png;base64,")
     assert base64.b64decode(source.split(",")[1]) == (tmp_path / "curve.png").read_bytes()
-    assert not {"b", "i", "script", "link"} & set(page.tags)  # names in the data are no markup
+    assert not {"b", "i", "u", "script", "link"} & set(page.tags)  # names in the data are no markup
     assert "&lt;b&gt;runs &amp; co&lt;/b&gt;" in text
     rows = [[cell.strip() for cell in page.cells[i : i + 7]] for i in range(0, 28, 7)]
     assert [row[0] for row in rows] == ["rate", "0", "0.5", "0.8 *"]
@@ -93,7 +93,7 @@ def test_the_page_needs_no_other_file_and_shows_every_number(tmp_path: Path) -> 
     ]  # fmt: skip
     assert "recommended rate 0.5" in text
     assert "gone.mp4" in text
-    assert "motion" in page.cells
+    assert "<u>motion</u>" in page.cells
 
 
 def test_the_figure_marks_points_and_is_the_same_each_time() -> None:

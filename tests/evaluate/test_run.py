@@ -350,6 +350,15 @@ def test_the_recommended_rate_is_the_highest_that_is_shown_to_hold() -> None:
     assert 0.01 < strict["points"][3]["shown_tolerance"] < 0.025
 
 
+@pytest.mark.parametrize(("match", "share"), [("exact", 0.25), ("contains", 0.75)])
+def test_free_answers_count_by_the_match_that_is_asked_for_now(match: str, share: float) -> None:
+    right = [(i < 100, i < 300) for i in range(400)]
+    records = [record(0.0, i, False, exact=exact, contains=held) for i, (exact, held) in enumerate(right)]
+    found = summarise(records, 400, ["m"], EvalOptions(model=["m"], data=["d"], match=match))["models"][0]["points"][0]
+    assert found["accuracy"]["value"] == share
+    assert found["free_answers"] == {"num_questions": 400, "exact": 0.25, "contains": 0.75}
+
+
 def test_a_rate_that_is_not_finished_is_no_point() -> None:
     right = [True] * 400
     found = summary_of({0.0: right, 0.5: right[:399]})

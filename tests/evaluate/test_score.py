@@ -160,6 +160,16 @@ def test_what_the_answer_opens_with_stands_before_each_choice(
     assert found == pytest.approx(expected, abs=2e-4)
 
 
+def test_a_choice_that_another_one_begins_with_keeps_a_token_to_score(
+    tiny_checkpoint: Callable[[str], Path], clip: Path, tmp_path: Path
+) -> None:
+    model = loaded("qwen3_vl", tiny_checkpoint)
+    prompt = prompt_of(model, question(clip, tmp_path))
+    found = log_likelihoods(model, prompt, model.encode(prompt), 0.5, [[300, 301], [300, 301, 302]])
+    expected = [alone(model, prompt, 0.5, [300], rest) for rest in ([301], [301, 302])]
+    assert found == pytest.approx(expected, abs=2e-4)
+
+
 def test_choices_that_cannot_be_told_apart(tiny_checkpoint: Callable[[str], Path], clip: Path, tmp_path: Path) -> None:
     model = loaded("qwen3_vl", tiny_checkpoint)
     asked = dataclasses.replace(question(clip, tmp_path), choices=("A", "A"))
