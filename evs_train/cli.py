@@ -37,10 +37,10 @@ def check(words: Sequence[str]) -> int:
 
     from evs_train.check import check as check_run  # noqa: PLC0415
     from evs_train.check_console import show_report, watched  # noqa: PLC0415
-    from evs_train.uptrain import Run  # noqa: PLC0415
+    from evs_train.inputs import Inputs  # noqa: PLC0415
 
     with contextlib.redirect_stdout(sys.stderr):  # nothing but the report goes to stdout
-        found = check_run(Run(recipe, None if processes is None else int(processes)), watched)
+        found = check_run(Inputs(recipe, None if processes is None else int(processes), watched))
     if "--json" in flags:
         print(json.dumps(found.as_json()))
     else:

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.collate import Collator
 from evs_train.config import DataSection, EvsSection, ModelSection, Positions
+from evs_train.data.batches import Examples
 from evs_train.data.chat import Example, build_prompt
 from evs_train.data.decoding import Decoding
 from evs_train.data.manifest import read_prompt
@@ -36,6 +37,7 @@ from evs_train.errors import RecipeError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family, load_weights
 from evs_train.prune import EvsHook, to_device
+from evs_train.rates import Rates
 from evs_train.recipe import parse_recipe
 from evs_train.samplers import build_sampler
 
@@ -131,16 +133,13 @@ class PrunedModel:
     def inputs(self, prompt: Example, pruning_rate: float) -> dict[str, Any]:
         """Arguments of the model's forward for one prompt, its videos encoded and pruned; all rows of shape (1, K)."""
         collator = Collator(
-            sampler=build_sampler(pruning_rate),
-            seed=0,
-            global_batch=1,
+            rates=Rates(build_sampler(pruning_rate), cap=False),
             pad_token_id=self.family.pad_token_id,
             merge_media=self.family.merge_media,
-            cap=False,
             sequential=self.family.positions == "sequential",
         )
         hook = EvsHook(self.family, self.model, engine_score=self.engine_score, float32_score=self.float32_score)
-        pruned = hook.prune(to_device(collator([prompt]), self.model.device))
+        pruned = hook.prune(to_device(collator([Examples(0, [prompt])]), self.model.device))
         del pruned["labels"]
         return pruned
 

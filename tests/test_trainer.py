@@ -166,7 +166,7 @@ def test_a_new_run_sets_the_older_one_aside(train: Callable[..., tuple[Path, Sum
     [
         ({"seed": 7}, "seed (was 0, is 7)"),
         ({"evs__scope": "sample"}, "'scope': 'batch'"),
-        ({"train__batch_size": 2}, "global_batch (was 4, is 2)"),
+        ({"train__batch_size": 2}, "step (was 4 rows, is 2 rows)"),
     ],
 )
 def test_resuming_another_run_is_refused(

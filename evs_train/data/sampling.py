@@ -24,6 +24,7 @@ class FrameSampling:
         num_frames: this many frames spread uniformly over the video, whatever its length.
         min_frames: lower clamp for `fps`; a video with fewer frames gives all it has.
         max_frames: upper clamp for `fps`.
+        share: of the chosen frames so many stay, spread evenly, but at least `min_frames` of them.
 
     Raises:
         RecipeError: a value or a combination that makes no sense.
@@ -33,6 +34,7 @@ class FrameSampling:
     num_frames: int | None = None
     min_frames: int = 1
     max_frames: int = 768
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.fps is None) == (self.num_frames is None):
@@ -46,6 +48,13 @@ class FrameSampling:
             raise RecipeError(
                 f"data.min_frames must be at least 1 and at most data.max_frames: {self.min_frames}, {self.max_frames}"
             )
+
+        if not 0.0 < self.share <= 1.0:
+            raise RecipeError(f"a share of the sampled frames must be in (0, 1], not {self.share}")
+
+    def thinned(self, count: int) -> list[int]:
+        """Which of `count` chosen frames stay, as places among them."""
+        return _spread(count, max(min(self.min_frames, count), math.floor(count * self.share)))
 
 
 def sample_indices(timestamps: npt.NDArray[np.float64], sampling: FrameSampling) -> list[int]:
@@ -62,6 +71,11 @@ def sample_indices(timestamps: npt.NDArray[np.float64], sampling: FrameSampling)
     Returns:
         Indices into `timestamps`; all of them where the video has no more than were asked for.
     """
+    chosen = _chosen(timestamps, sampling)
+    return [chosen[place] for place in sampling.thinned(len(chosen))]
+
+
+def _chosen(timestamps: npt.NDArray[np.float64], sampling: FrameSampling) -> list[int]:
     total = len(timestamps)
     if sampling.fps is None:
         return _spread(total, sampling.num_frames or total)
