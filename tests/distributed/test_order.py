@@ -64,6 +64,7 @@ def words_of(tiny_checkpoint: Callable[[str], Path]) -> Words:
         settings: dict[str, Any] = {
             "data__num_workers": workers,
             "data__on_error": "raise",
+            "data__index": output.with_name("none.arrow"),
             "evs__rate": {"kind": "uniform", "min": 0.0, "max": 0.9},
             "evs__scope": "sample",
             "train__batch_size": batch_size,
