@@ -89,7 +89,7 @@ def pieces(media: dict[str, torch.Tensor], pixels: str, grids: str) -> list[torc
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().numpy().tobytes())
+    return zlib.crc32(tensor.cpu().contiguous().numpy().tobytes())
 
 
 def watch(words: list[str], seen: Path, killed_at: int | None = None) -> None:
