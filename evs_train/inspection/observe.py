@@ -134,12 +134,12 @@ def observe(model: PrunedModel, source: Source, rates: Sequence[float]) -> Obser
     kept = np.zeros((len(rates), item.num_tokens), dtype=np.bool_)
     for of_rate, rate in zip(kept, rates, strict=True):
         of_rate[evs.select_tokens(scored, rate).cpu().numpy()] = True
-    how = "as engines do" if model.engine_score else "by the pooled embeddings alone"
+    score = "engine" if model.engine_score else "embeds"
     return Observation(
         clip=clip,
         frames_per_unit=-(-len(clip.frames) // item.num_units),
         rates=tuple(rates),
         kept=kept.reshape(-1, *grid),
         scores=evs.dissimilarity(scored).float().view(grid).cpu().numpy(),
-        scored_as=f"{how}, in {str(scored.dtype).removeprefix('torch.')}",
+        scored_as=f"with evs.score={score} in {str(scored.dtype).removeprefix('torch.')}",
     )

@@ -28,6 +28,7 @@ HEAT = np.array([(254, 235, 214), (253, 187, 132), (227, 74, 51), (127, 0, 0)], 
 """Colours from the lowest score to the highest; each is darker than the one before."""
 FIRST_UNIT = (200, 200, 205)
 """Colour of unit 0, which has no unit before it to differ from."""
+MIN_HEADER = 640  # pixels: width that the header's lines need
 _INK, _FAINT, _PAPER = (20, 20, 20), (225, 225, 228), (255, 255, 255)
 _BAR, _CURRENT = (70, 110, 170), (217, 95, 2)
 
@@ -105,17 +106,16 @@ class Panels:
             current: unit to mark in the charts.
         """
         seen, charts = self.seen, min(len(self.seen.rates), max(1, width // 300))
-        lines = -(-len(seen.rates) // charts)
-        top = 46 + (CAPTION if width < 420 else 0)
-        picture = Image.new("RGB", (width, top + CAPTION + lines * (CHART_HEIGHT + CAPTION + MARGIN)), _PAPER)
+        lines, top = -(-len(seen.rates) // charts), 46 + CAPTION
+        picture = Image.new("RGB", (width, top + lines * (CHART_HEIGHT + CAPTION + MARGIN)), _PAPER)
         write(picture, (0, 2), seen.clip.path, 17, width, from_left=True)
-        frames = f"{len(seen.clip.frames)} frames, {seen.num_units} units of {seen.tokens_per_unit} tokens"
-        write(picture, (0, 26), f"{frames}; scored {seen.scored_as}", 13, width)
+        counts = f"sampled frames: {len(seen.clip.frames)}, units: {seen.num_units} of {seen.tokens_per_unit} tokens"
+        write(picture, (0, 26), f"{counts}, scored {seen.scored_as}", 13, width)
         self._legend(picture, 46)
         for place, rate in enumerate(seen.rates):
             line, column = divmod(place, charts)
             left, right = column * width // charts, (column + 1) * width // charts - MARGIN
-            above = top + CAPTION + line * (CHART_HEIGHT + CAPTION + MARGIN)
+            above = top + line * (CHART_HEIGHT + CAPTION + MARGIN)
             write(picture, (left, above), figure_title(seen.kept[place], rate), 14, right - left)
             self._chart(picture, seen.counts[place], (left, above + CAPTION, right), current)
         return picture
@@ -123,10 +123,8 @@ class Panels:
     def _legend(self, picture: Image.Image, top: int) -> None:
         ramp = heat_colors(np.linspace(0, 1, LEGEND_WIDTH, dtype=np.float32)[None].repeat(10, 0), 1.0)
         note = f"0 to {self.peak:.3g}: change (1 - cosine to the unit before); grey: the first unit"
-        wide = picture.width >= 420
         picture.paste(Image.fromarray(ramp), (0, top + 3))
-        left, below = (LEGEND_WIDTH + 6, 0) if wide else (0, CAPTION - 2)
-        write(picture, (left, top + below), note, 13, picture.width - left)
+        write(picture, (LEGEND_WIDTH + 6, top), note, 13, picture.width - LEGEND_WIDTH - 6)
 
     def _chart(
         self, picture: Image.Image, counts: NDArray[np.int64], box: tuple[int, int, int], current: int | None
@@ -149,7 +147,7 @@ class Panels:
 
     def scene(self, frame: int) -> Image.Image:
         """One frame with everything about it: header with its unit marked, titles and row."""
-        head = self.header(self.row_size[0], current=frame // self.seen.frames_per_unit)
+        head = self.header(max(MIN_HEADER, self.row_size[0]), current=frame // self.seen.frames_per_unit)
         return framed([head, self.titles(), self.row(frame)])
 
     def sheet(self) -> Image.Image:
@@ -165,11 +163,11 @@ class Panels:
             if line == 0:
                 body.paste(self.titles(), (left, 0))
             body.paste(self.row(unit * self.seen.frames_per_unit), (left, CAPTION + line * height))
-        return framed([self.header(body.width), body])
+        return framed([self.header(max(MIN_HEADER, body.width)), body])
 
 
 def framed(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one width under each other, with a margin round them; both sides are even, as H.264 wants them."""
+    """Pictures under each other, the first the widest, with a margin; both sides are even, as H.264 wants them."""
     width, height = pictures[0].width + 2 * MARGIN, sum(one.height for one in pictures) + 2 * MARGIN
     whole = Image.new("RGB", (width + width % 2, height + height % 2), _PAPER)
     top = MARGIN

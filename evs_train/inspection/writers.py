@@ -81,7 +81,7 @@ def write(seen: Observation, out: Path) -> None:
 
 def summary(seen: Observation) -> list[str]:
     """Lines for a terminal: what was looked at, and for each rate what is kept in total and of each unit."""
-    lines = [f"{seen.num_units} units of {seen.tokens_per_unit} tokens; scored {seen.scored_as}"]
+    lines = [f"units: {seen.num_units} of {seen.tokens_per_unit} tokens; scored {seen.scored_as}"]
     for rate, kept, counts in zip(seen.rates, seen.kept, seen.counts, strict=True):
         lines += [figure_title(kept, rate), "  by unit: " + " ".join(map(str, counts.tolist()))]
     return lines
@@ -110,7 +110,7 @@ def _write_html(seen: Observation, out: Path) -> None:
     page = _PAGE.format(
         title=html.escape(f"What is kept of {Path(seen.clip.path).name}"),
         facts=html.escape(
-            f"{seen.clip.path}: {len(seen.clip.frames)} sampled frames, {seen.num_units} temporal units of "
+            f"{seen.clip.path}: sampled frames: {len(seen.clip.frames)}, temporal units: {seen.num_units} of "
             f"{seen.tokens_per_unit} tokens. Scored {seen.scored_as}. Dimmed patches are dropped."
         ),
         rates="".join(f"<li>{title}</li>" for title in titles),

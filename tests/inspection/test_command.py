@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +15,8 @@ import pytest
 from PIL import Image
 
 from evs_train.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def test_a_png_is_the_default(
         assert read.format == "PNG"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "wrote wide_kept.png"
-    assert lines[1] == "2 units of 24 tokens; scored as engines do, in bfloat16"
+    assert lines[1] == "units: 2 of 24 tokens; scored with evs.score=engine in bfloat16"
     assert lines[2] == "rate 0.5: kept 24/48 tokens (50.0%)"
 
 
@@ -107,3 +112,20 @@ sys.exit(9 if "torch" in sys.modules else code)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
+
+
+def test_the_page_s_picture_is_made_by_the_page_s_commands(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
+    block = next(text for text in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) if "docs/inspect.png" in text)
+    commands = block.replace("python ", f"{shlex.quote(sys.executable)} ")
+    commands = commands.replace("evs-train ", f"{shlex.quote(sys.executable)} -m evs_train.cli ")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = ["bash", "-euc", commands]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    shown = ROOT / "docs" / "inspect.png"
+    with Image.open(shown) as here, Image.open(tmp_path / "docs" / "inspect.png") as made:
+        assert made.size == here.size
+    assert shown.stat().st_size < 150_000

@@ -26,6 +26,7 @@ from evs_train.inspection.observe import load, observe, own_dtype, rates_of
 from evs_train.inspection.options import InspectOptions
 from evs_train.models.loading import adapter_of, load_config, load_encoder
 from evs_train.models.tuning import part_of
+from evs_train.prune import to_device
 from tests.inspection.conftest import RATES, Look
 from tests.runs import arguments, recipe_of
 
@@ -53,7 +54,7 @@ def test_kept_is_what_the_whole_model_keeps(
         return compact(batch, selected, pad_token_id)
 
     monkeypatch.setattr(prune, "compact", spy)
-    whole = PrunedModel.load(tiny_checkpoint(family_name), dtype=dtype, device="cpu", data={"fps": 8.0})
+    whole = PrunedModel.load(tiny_checkpoint(family_name), dtype=dtype, data={"fps": 8.0})
     parts = [{"type": "video", "video": str(wide_clip)}, {"type": "text", "text": "What changes?"}]
     prompt = whole.prompt([{"role": "user", "content": parts}])
     for rate in RATES:
@@ -79,13 +80,13 @@ def test_scores_are_the_rule_s(
     family_name: str, look: Look, wide_clip: Path, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     """1 - cosine to the same place in the unit before, by hand, of what the whole model encodes."""
-    whole = PrunedModel.load(tiny_checkpoint(family_name), dtype="float32", device="cpu", data={"fps": 8.0})
+    whole = PrunedModel.load(tiny_checkpoint(family_name), dtype="float32", data={"fps": 8.0})
     parts = [{"type": "video", "video": str(wide_clip)}, {"type": "text", "text": "What changes?"}]
     prompt = whole.prompt([{"role": "user", "content": parts}])
     with torch.inference_mode():
-        (features,) = whole.family.encode(whole.model, whole.family.merge_media([prompt.media]), "video")
+        (features,) = whole.family.encode(whole.model, to_device(prompt.media, whole.model.device), "video")
     (item,) = prompt.items
-    scored = whole.family.score_tensor(features)[: item.num_tokens].double().numpy()
+    scored = whole.family.score_tensor(features)[: item.num_tokens].double().cpu().numpy()
     grids = scored.reshape(item.num_units, item.height, item.width, -1)
     norms = np.linalg.norm(grids, axis=-1)
     expected = 1 - (grids[1:] * grids[:-1]).sum(-1) / (norms[1:] * norms[:-1])
@@ -168,7 +169,7 @@ def test_an_export_brings_rate_sampling_scores_and_dtype(
     assert rates_of(asked, model) == (0.6,)
     assert rates_of(options(copy, rates=(0.0, 0.9)), model) == (0.0, 0.9)
     seen = observe(model, str(wide_clip), (0.6,))
-    assert seen.scored_as == "by the pooled embeddings alone, in float32"
+    assert seen.scored_as == "with evs.score=embeds in float32"
     assert len(seen.clip.frames) == 8
     assert not np.allclose(
         seen.scores[1:], observe(load(options(copy, dtype="float32")), str(wide_clip), (0.6,)).scores[1:]

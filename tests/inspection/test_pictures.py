@@ -5,18 +5,19 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from evs_train.errors import RecipeError
 from evs_train.inspection import panels as drawing
 from evs_train.inspection.observe import Observation
-from evs_train.inspection.panels import CAPTION, FIRST_UNIT, GUTTER, HEAT, Panels, heat_colors
+from evs_train.inspection.panels import CAPTION, FIRST_UNIT, GUTTER, HEAT, MIN_HEADER, Panels, heat_colors
 from evs_train.inspection.panels import write as write_line
 from evs_train.inspection.writers import summary, write
 from evs_train.visualize import MARGIN
@@ -164,7 +165,7 @@ def test_rates_stand_side_by_side(num_rates: int, look: Look) -> None:
     panels = Panels(seen, 160, 320)
     assert panels.panel_size == (192, 128)
     assert panels.row(0).width == (192 + MARGIN) * (1 + num_rates)
-    assert panels.scene(0).width == panels.row(0).width + 2 * MARGIN
+    assert panels.scene(0).width == max(MIN_HEADER, panels.row(0).width) + 2 * MARGIN
     sheet = panels.sheet()
     assert (sheet.width - 2 * MARGIN + GUTTER) % (panels.row(0).width + GUTTER) == 0
 
@@ -189,6 +190,17 @@ def test_heat_colors_are_one_scale() -> None:
     darkness = heat_colors(np.linspace(0, 1, 50, dtype=np.float32), 1.0) @ [0.299, 0.587, 0.114]
     assert (np.diff(darkness) < 0).all()
     assert heat_colors(np.zeros(1, dtype=np.float32), 0.0).tolist() == [HEAT[0].tolist()]
+
+
+def test_the_header_s_own_lines_are_never_shortened(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its smallest width, with long numbers; the title line may be, since paths have any length."""
+    seen = replace(look(), scored_as="with evs.score=embeds in bfloat16")
+    drawn: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(drawing, "write", lambda p, at, text, size, width, **_: drawn.append((text, size, width)))
+    Panels(seen, 160, 320).header(MIN_HEADER)
+    assert len(drawn) == 3 + len(RATES)
+    for text, size, width in drawn[1:]:
+        assert ImageFont.load_default(size=size).getlength(text) <= width, text
 
 
 def test_long_lines_are_shortened() -> None:
