@@ -17,7 +17,7 @@ from PIL import Image, ImageFont
 from evs_train.errors import RecipeError
 from evs_train.inspection import panels as drawing
 from evs_train.inspection.observe import Observation
-from evs_train.inspection.panels import CAPTION, FIRST_UNIT, GUTTER, HEAT, MIN_HEADER, Panels, heat_colors
+from evs_train.inspection.panels import CAPTION, FIRST_UNIT, GUTTER, HEAT, MIN_HEADER, Panels, framed, heat_colors
 from evs_train.inspection.panels import write as write_line
 from evs_train.inspection.writers import summary, write
 from evs_train.visualize import MARGIN
@@ -179,6 +179,10 @@ def test_charts_are_as_high_as_the_counts(look: Look) -> None:
         colored = (column == (current if unit == 2 else bar)).all(-1).sum()
         extra = 4 if unit == 2 else 0  # the mark under the chart
         assert colored == round(drawing.CHART_HEIGHT * count / seen.tokens_per_unit) + extra
+
+
+def test_both_sides_are_even_as_h264_wants_them() -> None:
+    assert framed([Image.new("RGB", (101, 50)), Image.new("RGB", (7, 51))]).size == (102 + 2 * MARGIN, 102 + 2 * MARGIN)
 
 
 def test_heat_colors_are_one_scale() -> None:
