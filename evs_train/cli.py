@@ -1,6 +1,7 @@
 """The `evs-train` command. Arguments are `key=value`, as in recipes.
 
 `evs-train check recipe=NAME [key.sub=value ...] [processes=N] [--json] [--strict]`
+`evs-train inspect VIDEO model=CHECKPOINT [rate=0.75 or rate=[.5,.9]] [out=FILE.png, .html or .mp4] [fps=2 ...]`
 `evs-train export run=runs/tiny [rate=0.75] [out=DIR]`
 """
 
@@ -65,7 +66,25 @@ def export(words: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check, "export": export}
+def inspect(words: Sequence[str]) -> int:
+    """Draw what a checkpoint keeps of a video: VIDEO model=CHECKPOINT, rates, and keys of the data section."""
+    from evs_train.inspection import options  # noqa: PLC0415
+
+    videos = [word for word in words if "=" not in word or os.path.exists(word)]
+    arguments = _pairs([word for word in words if word not in videos])
+    _check_keys(arguments, options.REQUIRED, options.OPTIONAL)
+    asked = options.read_options(videos, arguments)
+    from evs_train.inspection.observe import load, observe, rates_of  # noqa: PLC0415 (torch, once all that is right)
+    from evs_train.inspection.writers import summary, write  # noqa: PLC0415
+
+    model = load(asked)
+    seen = observe(model, asked.video, rates_of(asked, model))
+    write(seen, asked.out)
+    print("\n".join([f"wrote {asked.out}", *summary(seen)]))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check, "inspect": inspect, "export": export}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

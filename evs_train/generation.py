@@ -35,7 +35,7 @@ from evs_train.data.sampling import FrameSampling
 from evs_train.data.video import decoding_options, frame_sampling, read_image, read_video
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
-from evs_train.models.loading import load_family, load_weights
+from evs_train.models.loading import load_encoder, load_family, load_weights
 from evs_train.prune import EvsHook, to_device
 from evs_train.rates import Rates
 from evs_train.recipe import parse_recipe
@@ -72,6 +72,7 @@ class PrunedModel:
         device: str | torch.device | None = None,
         positions: Positions | None = None,
         data: Mapping[str, Any] | None = None,
+        encoder_only: bool = False,
         **model: Any,
     ) -> PrunedModel:
         """Load a checkpoint. An export says how it was trained: its positions, scores and sampling are the defaults.
@@ -82,6 +83,7 @@ class PrunedModel:
             device: default: the GPU if there is one.
             positions: `evs.positions`; of a checkpoint that is no export, "preserve".
             data: keys of a recipe's `data` section that say how videos are sampled and processed.
+            encoder_only: load no more of the language model than its first layer: it encodes, and cannot answer.
             model: other keys of a recipe's `model` section.
 
         Raises:
@@ -97,7 +99,7 @@ class PrunedModel:
         options = DataSection(rows=["none"], **{**trained_on, **given})
         family = load_family(section, options, positions or evs.positions)
         trained_rate = float(family.config.to_dict().get("video_pruning_rate") or 0.0)
-        plain = load_weights(section, family.config, getattr(torch, dtype))
+        plain = (load_encoder if encoder_only else load_weights)(section, family.config, getattr(torch, dtype))
         plain.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
             family,
