@@ -13,65 +13,27 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from PIL import Image
-
-from evs_train import evs
-from evs_train.data.chat import Example, MediaItem, build_example
-from evs_train.data.index import Facts, Fault, Kind, MediaIndex, index_file, num_cores, parallel, probe_all, unknown
-from evs_train.data.manifest import Sample
-from evs_train.data.sources import Source, name_of
+from evs_train.data.budget import BudgetBatches, Usage
+from evs_train.data.chat import Example, MediaItem
+from evs_train.data.index import Facts, index_file, num_cores
+from evs_train.data.lengths import Known, PlannedRow, Probed, Refused, probe_media
 from evs_train.data.template import IGNORE_INDEX
-from evs_train.errors import DataError
+from evs_train.inputs import Inputs, deepspeed_file
 from evs_train.memory import MemoryEstimate, estimate_memory
 from evs_train.models.tuning import PartSize, part_sizes
-from evs_train.samplers import cap_rate
-from evs_train.uptrain import Run, deepspeed_file
+from evs_train.rates import Rates
+from evs_train.samplers import Fixed
 
 RATES = (0.0, 0.5, 0.75, 0.9)
 PERCENTILES = (5, 50, 95, 100)
 NUM_LONGEST = 5
 _SAVE_SECONDS = 60.0
-
-Progress = Callable[[str, int, Iterable[Any]], Iterable[Any]]
-"""(what is done, how often, iterable) -> the iterable, watched."""
-
-
-@dataclass(frozen=True)
-class PlannedRow:
-    """One row as training would see it, unpruned. `num_units` and `tokens_per_unit` have a number for each video."""
-
-    sample_id: str
-    row: str
-    num_tokens: int
-    num_supervised: int
-    num_units: tuple[int, ...]
-    tokens_per_unit: tuple[int, ...]
-
-    def retained(self, rate: float, *, cap: bool) -> int:
-        """Video tokens that are left at a fixed `evs.rate`."""
-        return sum(
-            evs.retained_tokens(units, tokens, cap_rate(rate, units) if cap else rate)
-            for units, tokens in zip(self.num_units, self.tokens_per_unit, strict=True)
-        )
-
-
-@dataclass(frozen=True)
-class Refused:
-    """One row that training would put into quarantine. `file`: the medium to blame, or None if the row is."""
-
-    sample_id: str
-    row: str
-    file: str | None
-    reason: str
-    message: str
-    hint: str
 
 
 @dataclass(frozen=True)
@@ -85,6 +47,8 @@ class Report:
         row_tokens: unpruned tokens of a row.
         tokens: for each of `RATES`, as `evs.rate`: video tokens and all tokens of all rows, once each.
         longest: ids and unpruned tokens of the longest rows.
+        step, rows_per_step: what an optimizer step is, and how many rows it reads on average.
+        usage: how micro-batches with a budget of tokens are used.
         labels: a row's text in pieces, each with whether it is trained on; media are one piece.
     """
 
@@ -100,7 +64,9 @@ class Report:
     parts: list[PartSize]
     memory: MemoryEstimate
     num_steps: int
-    global_batch: int
+    step: str
+    rows_per_step: float
+    usage: Usage | None
     index: str
 
     def as_json(self) -> dict[str, Any]:
@@ -111,65 +77,12 @@ class Report:
         return values
 
 
-def check(run: Run, watched: Progress, num_workers: int | None = None) -> Report:
+def check(run: Inputs, num_workers: int | None = None) -> Report:
     """Read all media, plan all rows, and sum up."""
     workers = num_cores() if num_workers is None else num_workers
-    index = MediaIndex.read(index_file(run.recipe.data), facts=True)
-    media: list[tuple[Kind, Source]] = [("video", video) for sample in run.samples for video in sample.videos]
-    media += [("image", image) for sample in run.samples for image in sample.images]
-    media = list(dict.fromkeys(media))
-    passing, num_read, place = _probe(run, index, media, watched, workers)
-    known: dict[Source, Facts | Fault] = dict(passing)
-    for _, source in media:
-        entry = index.find(source) if source not in known else None
-        verdict = entry and (entry.facts or entry.fault)
-        if source not in known:
-            known[source] = verdict or Fault(f"{name_of(source)}: changed while it was read", "check again", "missing")
-    found: list[PlannedRow | Refused | None] = [None] * len(run.samples)
-    rows = parallel(lambda sample: plan_row(run, sample, known), run.samples, workers)
-    for number, row in watched("rows", len(run.samples), rows):
-        found[number] = row
-    planned = [row for row in found if isinstance(row, PlannedRow)]
-    refused = [row for row in found if isinstance(row, Refused)]
-    return _report(run, known, planned, refused, num_read=num_read, place=place)
-
-
-def plan_row(run: Run, sample: Sample, known: Mapping[Source, Facts | Fault]) -> PlannedRow | Refused:
-    """One row as training would see it, given what is `known` of its media."""
-    facts: list[Facts] = []
-    for source in (*sample.videos, *sample.images):
-        verdict = known[source]
-        if isinstance(verdict, Fault):
-            return Refused(sample.id, sample.source, name_of(source), verdict.reason, verdict.message, verdict.hint)
-        facts.append(verdict)
-    try:
-        example = blank_example(run, sample, facts)
-    except DataError as error:
-        return Refused(sample.id, sample.source, None, error.reason, error.message, error.hint)
-    videos = [item for item in example.items if item.kind == "video"]
-    return PlannedRow(
-        sample.id,
-        sample.source,
-        len(example.input_ids),
-        int((example.labels != IGNORE_INDEX).sum()),
-        tuple(video.num_units for video in videos),
-        tuple(video.tokens_per_unit for video in videos),
-    )
-
-
-def blank_example(run: Run, sample: Sample, facts: Sequence[Facts]) -> Example:
-    """The example of a row from black media; `facts` of its videos, then of its images. Raises DataError."""
-    videos, images = facts[: len(sample.videos)], facts[len(sample.videos) :]
-    return build_example(
-        sample,
-        [one.blank_clip(name_of(source)) for one, source in zip(videos, sample.videos, strict=True)],
-        [Image.new("RGB", (one.width, one.height)) for one in images],
-        run.family,
-        draw=0,
-        template_kwargs=run.stream.template_kwargs,
-        max_length=run.stream.max_length,
-        last_only=run.stream.last_only,
-    )
+    probed = probe_media(run.reader, run.samples, index_file(run.recipe.data), workers, run.watched)
+    rows = run.plan(workers, probed)
+    return _report(run, probed, rows)
 
 
 def labelled_text(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
@@ -187,57 +100,18 @@ def labelled_text(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
     return pieces
 
 
-def _probe(
-    run: Run, index: MediaIndex, media: Sequence[tuple[Kind, Source]], watched: Progress, workers: int
-) -> tuple[dict[Source, Fault], int, str]:
-    """Bring the index up to date and save it; faults that may pass, number of media read, where the index is."""
-    path = index_file(run.recipe.data)
-    todo = unknown(index, media, run.stream.sampling)
-    probes, num_read, last_saved = (
-        probe_all(index, todo, run.stream.sampling, workers, run.stream.decoding),
-        0,
-        time.monotonic(),
-    )
-    passing: dict[Source, Fault] = {}
-    place = str(path)
-
-    def save() -> str:
-        try:
-            index.write(path)
-        except OSError as error:
-            return f"not saved: {path}: {error.strerror} (set data.index to a file that can be written)"
-        return str(path)
-
-    try:
-        for source, error in watched("media", len(todo), probes):
-            num_read += 1
-            if error is not None:
-                passing[source] = Fault(error.message, error.hint, error.reason)
-            if time.monotonic() - last_saved > _SAVE_SECONDS:
-                place, last_saved = save(), time.monotonic()
-    finally:  # a check that is interrupted goes on from here the next time
-        if num_read:
-            place = save()
-    return passing, num_read, place
-
-
-def _report(
-    run: Run,
-    known: Mapping[Source, Facts | Fault],
-    planned: Sequence[PlannedRow],
-    refused: list[Refused],
-    *,
-    num_read: int,
-    place: str,
-) -> Report:
-    recipe, samples = run.recipe, run.samples
+def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -> Report:
+    recipe, samples, known = run.recipe, run.samples, probed.known
+    planned = [row for row in rows if isinstance(row, PlannedRow)]
+    refused = [row for row in rows if isinstance(row, Refused)]
+    schedule = run.schedule_of(rows)
     videos = [one for one in known.values() if isinstance(one, Facts) and one.kind == "video"]
     by_pixels = sorted(([one.width, one.height] for one in videos), key=lambda size: size[0] * size[1])
     seconds = sorted(one.duration for one in videos)
-    lengths = sorted(row.num_tokens for row in planned)
-    longest = sorted(planned, key=lambda row: -row.num_tokens)[:NUM_LONGEST]
+    lengths = sorted(row.full.num_tokens for row in planned)
+    longest = sorted(planned, key=lambda row: -row.full.num_tokens)[:NUM_LONGEST]
     model = run.planned_model()
-    batch = sum(lengths[-recipe.train.batch_size :])
+    batch = recipe.data.max_tokens_per_batch or sum(lengths[-recipe.train.batch_size :])
     file = None if recipe.deepspeed is None else deepspeed_file(recipe.deepspeed)
     return Report(
         counts={
@@ -248,16 +122,16 @@ def _report(
             "rows_refused": len(refused),
             "videos": len({video for sample in samples for video in sample.videos}),
             "images": len({image for sample in samples for image in sample.images}),
-            "media_read": num_read,
+            "media_read": probed.num_read,
         },
         seconds={"total": sum(seconds), **_percentiles(seconds)} if seconds else {},
         resolutions=_percentiles(by_pixels),
         row_tokens=_percentiles(lengths),
         tokens={f"{rate:g}": _tokens(planned, rate, cap=recipe.evs.cap) for rate in RATES},
-        longest=[(row.sample_id, row.num_tokens) for row in longest],
+        longest=[(row.sample_id, row.full.num_tokens) for row in longest],
         refused=refused,
-        supervised_share=sum(row.num_supervised for row in planned) / max(sum(lengths), 1),
-        labels=_labels(run, known, planned),
+        supervised_share=sum(row.full.num_supervised for row in planned) / max(sum(lengths), 1),
+        labels=_labels(run, known, rows),
         parts=part_sizes(model, run.family),
         memory=estimate_memory(
             model,
@@ -267,26 +141,29 @@ def _report(
             num_tokens=batch,
             num_processes=run.world_size,
         ),
-        num_steps=run.num_steps,
-        global_batch=run.global_batch,
-        index=place,
+        num_steps=schedule.num_steps,
+        step=schedule.describe(),
+        rows_per_step=schedule.draws_before(schedule.num_steps) / schedule.num_steps,
+        usage=schedule.usage() if isinstance(schedule, BudgetBatches) else None,
+        index=probed.place,
     )
 
 
 def _tokens(planned: Sequence[PlannedRow], rate: float, *, cap: bool) -> dict[str, int]:
-    video = sum(row.retained(rate, cap=cap) for row in planned)
-    dense = sum(row.retained(0.0, cap=False) for row in planned)
-    return {"video_tokens": video, "all_tokens": sum(row.num_tokens for row in planned) - dense + video}
+    rates = Rates(Fixed(rate), cap=cap)
+    video = sum(row.full.retained_video_tokens(lambda units: rates.of_video(0, 0, units)) for row in planned)
+    dense = sum(row.full.num_video_tokens for row in planned)
+    return {"video_tokens": video, "all_tokens": sum(row.full.num_tokens for row in planned) - dense + video}
 
 
-def _labels(run: Run, known: Mapping[Source, Facts | Fault], planned: Sequence[PlannedRow]) -> list[tuple[str, bool]]:
+def _labels(run: Inputs, known: Known, rows: Sequence[PlannedRow | Refused]) -> list[tuple[str, bool]]:
     """`labelled_text` of the first row that is not refused, with a video if there is one."""
-    row = next((row for row in planned if row.num_units), planned[0] if planned else None)
-    if row is None:
+    numbers = [number for number, row in enumerate(rows) if isinstance(row, PlannedRow)]
+    if not numbers:
         return []
-    sample = next(sample for sample in run.samples if sample.source == row.row)
+    sample = run.samples[next((number for number in numbers if run.samples[number].videos), numbers[0])]
     facts = [one for one in (known[source] for source in (*sample.videos, *sample.images)) if isinstance(one, Facts)]
-    return labelled_text(run.family.processor.tokenizer, blank_example(run, sample, facts))
+    return labelled_text(run.family.processor.tokenizer, run.reader.blank(sample, facts))
 
 
 def _percentiles(ranked: Sequence[Any]) -> dict[str, Any]:

@@ -40,7 +40,16 @@ def show_report(report: Report, console: Console) -> None:
         "fragmentation.",
         highlight=False,
     )
-    console.print(f"{report.num_steps} steps of {report.global_batch} rows. Index: {report.index}", soft_wrap=True)
+    console.print(f"{report.num_steps} steps of {report.step}. Index: {report.index}", soft_wrap=True)
+    if report.usage is not None:
+        usage = report.usage
+        console.print(
+            f"{report.rows_per_step:.1f} rows in a step; {usage.fill:.1%} of the budget is used, {usage.padding:.1%} "
+            "of what is computed is padding, and the largest of the micro-batches computed at the same time is "
+            f"{usage.imbalance:.1%} above their mean. {usage.shortened} draws lose frames, {usage.replaced} show "
+            "another row because theirs is refused or too long.",
+            highlight=False,
+        )
     if report.labels:
         console.print("\nOne row; what is trained on is green:")
         console.print(_labels_text(report))

@@ -1,8 +1,9 @@
 """The `evs-train` command. Arguments are `key=value`, as in recipes.
 
 `evs-train check recipe=NAME [key.sub=value ...] [processes=N] [--json] [--strict]`
-`evs-train export run=runs/tiny [rate=0.75|recommended] [out=DIR]`
+`evs-train inspect VIDEO model=CHECKPOINT [rate=0.75 or rate=[.5,.9]] [out=FILE.png, .html or .mp4] [fps=2 ...]`
 `evs-train eval model=CHECKPOINT data=ROWS [rates=[0,0.5,0.75]] [out=DIR] [key=value ...]`
+`evs-train export run=runs/tiny [rate=0.75|recommended] [out=DIR]`
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def check(words: Sequence[str]) -> int:
 
     from evs_train.check import check as check_run  # noqa: PLC0415
     from evs_train.check_console import show_report, watched  # noqa: PLC0415
-    from evs_train.uptrain import Run  # noqa: PLC0415
+    from evs_train.inputs import Inputs  # noqa: PLC0415
 
     with contextlib.redirect_stdout(sys.stderr):  # nothing but the report goes to stdout
-        found = check_run(Run(recipe, None if processes is None else int(processes)), watched)
+        found = check_run(Inputs(recipe, None if processes is None else int(processes), watched))
     if "--json" in flags:
         print(json.dumps(found.as_json()))
     else:
@@ -84,7 +85,30 @@ def evaluation(words: Sequence[str]) -> int:
     return run(options)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check, "export": export, "eval": evaluation}
+def inspect(words: Sequence[str]) -> int:
+    """Draw what a checkpoint keeps of a video: VIDEO model=CHECKPOINT, rates, and keys of the data section."""
+    from evs_train.inspection import options  # noqa: PLC0415
+
+    videos = [word for word in words if "=" not in word or os.path.exists(word)]
+    arguments = _pairs([word for word in words if word not in videos])
+    _check_keys(arguments, options.REQUIRED, options.OPTIONAL)
+    asked = options.read_options(videos, arguments)
+    from evs_train.inspection.observe import load, observe, rates_of  # noqa: PLC0415 (torch, once all that is right)
+    from evs_train.inspection.writers import summary, write  # noqa: PLC0415
+
+    model = load(asked)
+    seen = observe(model, asked.video, rates_of(asked, model))
+    write(seen, asked.out)
+    print("\n".join([f"wrote {asked.out}", *summary(seen)]))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "check": check,
+    "inspect": inspect,
+    "eval": evaluation,
+    "export": export,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

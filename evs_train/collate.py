@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from evs_train import evs
+from evs_train.data.batches import Examples
 from evs_train.data.chat import Example, Media, MediaItem
 from evs_train.data.quarantine import BadSample, NoneLeftError
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import EvsTrainError
-from evs_train.samplers import RateSampler, cap_rate
+from evs_train.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class BatchPlan:
 
     Attributes:
         draws: place of each row in the global order; `sample_ids` names the rows.
+        shares: of the sampled frames that each row shows.
         step: optimizer step the batch belongs to.
         rates: the rate drawn for each row, before any cap per video.
         items: media of all rows, in reading order.
@@ -54,6 +56,7 @@ class BatchPlan:
 
     draws: tuple[int, ...]
     sample_ids: tuple[str, ...]
+    shares: tuple[float, ...]
     step: int
     rates: tuple[float, ...]
     items: tuple[PlannedItem, ...]
@@ -92,7 +95,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Collator:
-    """Host half: a list of examples to one batch.
+    """Host half: the examples of one micro-batch to one batch.
 
     The batch holds `input_ids` and `labels` (B, L) unpruned and padded on the right, `position_ids` (P, B, L) where the
     family has them, `media` (encoder inputs of all rows in order), `plan` (`BatchPlan`) and `index`, flat tensors:
@@ -104,31 +107,26 @@ class Collator:
     that could not be read and the id of the one that it shows instead, or None.
 
     Attributes:
-        global_batch: draws per optimizer step, over all ranks and micro-batches.
-        per_sample: one rate per sample instead of one per optimizer step.
-        cap: keep each video's rate low enough that more than its first unit is left.
         sequential: number the retained tokens of a row 0, 1, 2, ... instead of keeping their positions.
         packing: join the rows of a batch to one sequence after pruning, instead of padding them.
     """
 
-    sampler: RateSampler
-    seed: int
-    global_batch: int
+    rates: Rates
     pad_token_id: int
     merge_media: Callable[[Sequence[Media]], Media]
-    per_sample: bool = False
-    cap: bool = True
     sequential: bool = False
     packing: bool = False
 
-    def __call__(self, examples: Sequence[Example | EvsTrainError]) -> dict[str, Any]:
-        rows = [example for example in examples if isinstance(example, Example)]
-        errors = [example for example in examples if isinstance(example, EvsTrainError)]
+    def __call__(self, read: Sequence[Examples]) -> dict[str, Any]:
+        """The batch of one micro-batch: the loader hands over a list of one."""
+        (examples,) = read
+        rows = [example for example in examples.rows if isinstance(example, Example)]
+        errors = [example for example in examples.rows if isinstance(example, EvsTrainError)]
         if errors:
             bad: list[tuple[tuple[BadSample, ...], str | None]] = [(row.bad, row.sample_id) for row in rows]
             bad += [(error.bad, None) for error in errors if isinstance(error, NoneLeftError)]
             return {"error": errors[0], "bad": bad}
-        plan = self.plan(rows)
+        plan = self.plan(rows, examples.step)
         length = max(len(row.input_ids) for row in rows)
         batch: dict[str, Any] = {
             "input_ids": _pad([row.input_ids for row in rows], length, self.pad_token_id),
@@ -144,29 +142,17 @@ class Collator:
             batch["position_ids"] = _pad(positions, length, 0).transpose(0, 1)  # (B, P, L) -> (P, B, L)
         return batch
 
-    def draw_rates(self, draw: int, units: Sequence[int]) -> tuple[float, list[float]]:
-        """The rate of one row, and of each of its videos given their numbers of temporal units."""
-        step = draw // self.global_batch
-        index = draw if self.per_sample else step
-        of_row = self.sampler.rate(self.seed, index, step=step, num_units=None)
-        of_videos = [self.sampler.rate(self.seed, index, step=step, num_units=num_units) for num_units in units]
-        if self.cap:
-            of_videos = [cap_rate(rate, num_units) for rate, num_units in zip(of_videos, units, strict=True)]
-        return of_row, of_videos
-
-    def plan(self, rows: Sequence[Example]) -> BatchPlan:
-        """Rates and retained counts of a batch; needs no tensor of it."""
+    def plan(self, rows: Sequence[Example], step: int) -> BatchPlan:
+        """Rates and retained counts of a batch of this optimizer step; needs no tensor of it."""
         rates, items, lengths = [], [], []
         for number, row in enumerate(rows):
-            videos = [item for item in row.items if item.kind == "video"]
-            rate, of_videos = self.draw_rates(row.draw, [video.num_units for video in videos])
-            rates.append(rate)
-            video_rates, frames = iter(of_videos), iter(row.frames)
+            rates.append(self.rates.of_row(row.draw, step))
+            frames = iter(row.frames)
             planned = [
                 PlannedItem(
                     number,
                     item,
-                    pruning_rate := next(video_rates),
+                    pruning_rate := self.rates.of_video(row.draw, step, item.num_units),
                     evs.retained_tokens(item.num_units, item.tokens_per_unit, pruning_rate),
                     next(frames, None),
                 )
@@ -179,7 +165,8 @@ class Collator:
         return BatchPlan(
             draws=tuple(row.draw for row in rows),
             sample_ids=tuple(row.sample_id for row in rows),
-            step=rows[0].draw // self.global_batch,
+            shares=tuple(row.share for row in rows),
+            step=step,
             rates=tuple(rates),
             items=tuple(items),
             num_tokens=tuple(lengths),

@@ -90,6 +90,22 @@ class DataSection(Section):
     max_length: int | None = Field(
         None, ge=1, description="refuse samples longer than this many tokens before pruning; nothing is truncated"
     )
+    max_tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of a micro-batch after pruning, padding included: as many rows as fit, instead of "
+        "train.batch_size rows; null: train.batch_size",
+    )
+    max_media_tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="with max_tokens_per_batch: media tokens of a micro-batch before pruning, which the vision encoder "
+        "computes at once; a row alone may have more; null: no limit",
+    )
+    over_budget: Literal["lose_frames", "refuse"] = Field(
+        "lose_frames",
+        description="a row that alone has more than max_tokens_per_batch is shown with fewer frames, or refused",
+    )
     verify: bool = Field(
         True, description="decode each video once from end to end before its first use: finds damage that decord hides"
     )
@@ -135,6 +151,8 @@ class DataSection(Section):
     def _one_way_to_sample(self) -> DataSection:
         if self.fps is not None and self.num_frames is not None:
             raise ValueError("set fps or num_frames, not both (null unsets one)")
+        if self.max_media_tokens_per_batch is not None and self.max_tokens_per_batch is None:
+            raise ValueError("max_media_tokens_per_batch needs max_tokens_per_batch")
         if self.min_frames > self.max_frames:
             raise ValueError(f"min_frames ({self.min_frames}) is above max_frames ({self.max_frames})")
         return self
@@ -261,3 +279,9 @@ class Recipe(Section):
     export: ExportSection = Field(default_factory=ExportSection)
     demo: DemoSection | None = None
     dry_run: bool = Field(False, description="print the resolved recipe, what is trained and the first batches; stop")
+
+    @model_validator(mode="after")
+    def _one_way_to_batch(self) -> Recipe:
+        if self.data.max_tokens_per_batch is not None and self.train.batch_size > 1:
+            raise ValueError("set train.batch_size (1 unsets it) or data.max_tokens_per_batch, not both")
+        return self

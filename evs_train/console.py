@@ -28,9 +28,8 @@ def show_dry_run(run: Run, console: Console) -> None:
     show_parts(run, run.part_sizes(), console)
     rates = samplers.describe(run.sampler)
     console.print(f"pruning rates: {rates}", markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"{len(run.samples)} rows, {run.num_steps} steps of {run.global_batch} rows; the first micro-batches:"
-    )
+    steps = f"{run.schedule.num_steps} steps of {run.schedule.describe()}"
+    console.print(f"{len(run.samples)} rows, {steps}; the first micro-batches:", highlight=False, soft_wrap=True)
     console.print(plan_table(run.plan_batches(_PLANNED_BATCHES)))
 
 

@@ -37,7 +37,7 @@ class RecipeError(EvsTrainError):
 Reason = Literal[
     "missing", "not a file", "no permission", "empty", "not a video", "not an image", "truncated", "damaged",
     "no video stream", "no frames", "no timestamps", "timeout", "crash", "out of memory", "too large", "too long",
-    "undecodable", "bad row", "template",
+    "undecodable", "bad row", "template", "changed",
 ]  # fmt: skip
 """Why a media file or a row cannot be used; what quarantine and metrics count by."""
 

@@ -218,7 +218,7 @@ Uptrained with stochastic video-token pruning ([arXiv 2510.14624](https://arxiv.
 
 | | |
 |---|---|
-| recipe | {recipe.recipe} ({recipe.tuning.method}), {record["num_steps"]} steps of {record["global_batch"]} rows |
+| recipe | {recipe.recipe} ({recipe.tuning.method}), {record["num_steps"]} steps of {record["step"]} |
 | pruning rates in training | mean {rates["mean"]:.3f}; percentiles {rates["percentiles"]} |
 | scores computed in | {recipe.model.dtype if recipe.evs.score_dtype == "model" else "float32"} |
 | rows | {record["num_samples"]}, fingerprint {record["data_fingerprint"][:16]} |

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.collate import Collator
 from evs_train.config import DataSection, EvsSection, ModelSection, Positions
+from evs_train.data.batches import Examples
 from evs_train.data.chat import Example, Kind, Media, build_prompt
 from evs_train.data.decoding import Decoding
 from evs_train.data.manifest import read_prompt
@@ -34,8 +35,9 @@ from evs_train.data.sampling import FrameSampling
 from evs_train.data.video import decoding_options, frame_sampling, read_image, read_video
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family, Features
-from evs_train.models.loading import load_family, load_weights
+from evs_train.models.loading import load_encoder, load_family, load_weights
 from evs_train.prune import KINDS, EvsHook, to_device
+from evs_train.rates import Rates
 from evs_train.recipe import parse_recipe
 from evs_train.samplers import build_sampler
 
@@ -73,6 +75,7 @@ class PrunedModel:
         device: str | torch.device | None = None,
         positions: Positions | None = None,
         data: Mapping[str, Any] | None = None,
+        encoder_only: bool = False,
         **model: Any,
     ) -> PrunedModel:
         """Load a checkpoint. An export says how it was trained: its positions, scores and sampling are the defaults.
@@ -83,6 +86,7 @@ class PrunedModel:
             device: default: the GPU if there is one.
             positions: `evs.positions`; of a checkpoint that is no export, "preserve".
             data: keys of a recipe's `data` section that say how videos are sampled and processed.
+            encoder_only: load no more of the language model than its first layer: it encodes, and cannot answer.
             model: other keys of a recipe's `model` section.
 
         Raises:
@@ -94,7 +98,7 @@ class PrunedModel:
         evs, options = settings_of(checkpoint, data)
         family = load_family(section, options, positions or evs.positions)
         trained_rate = float(family.config.to_dict().get("video_pruning_rate") or 0.0)
-        plain = load_weights(section, family.config, getattr(torch, dtype))
+        plain = (load_encoder if encoder_only else load_weights)(section, family.config, getattr(torch, dtype))
         plain.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
             family,
@@ -149,17 +153,14 @@ class PrunedModel:
             encoded: of `encode`; each row gets it.
         """
         collator = Collator(
-            sampler=build_sampler(pruning_rate),
-            seed=0,
-            global_batch=1,
+            rates=Rates(build_sampler(pruning_rate), cap=False),
             pad_token_id=self.family.pad_token_id,
             merge_media=lambda media: {},
-            cap=False,
             sequential=self.family.positions == "sequential",
         )
         hook = _Encoded(self.family, self.model, engine_score=self.engine_score, float32_score=self.float32_score)
         hook.encoded = {kind: features * len(rows) for kind, features in encoded.items()}
-        pruned = hook.prune(to_device(collator(rows), self.model.device))
+        pruned = hook.prune(to_device(collator([Examples(0, list(rows))]), self.model.device))
         del pruned["labels"]
         return pruned
 

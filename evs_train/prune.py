@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from evs_train import evs
 from evs_train.collate import BatchPlan, PlannedItem
-from evs_train.data.chat import Kind, Media
+from evs_train.data.chat import Kind, Media, MediaItem
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.base import Family, Features
 from evs_train.timing import Stopwatch
@@ -143,15 +143,17 @@ class EvsHook:
             return self.family.forward_inputs(self.model, {**others, **pruned, **attention}, features + blanks)
 
     def _select(self, planned: PlannedItem, features: Features) -> Tensor:
+        return evs.select_tokens(self.scored(planned.item, features), planned.pruning_rate)
+
+    def scored(self, item: MediaItem, features: Features) -> Tensor:
+        """(T, N, D) what decides which tokens of a video are kept, in the dtype of the scores."""
         scored = self.family.score_tensor(features) if self.engine_score else features[0]
         device = scored.device.type
         if self.float32_score:
             scored = scored.float()
         elif torch.is_autocast_enabled(device):  # joined to a float32 weight, as LLaVA's newline, features are float32
             scored = scored.to(torch.get_autocast_dtype(device))
-        item = planned.item
-        grids = scored[: item.num_tokens].view(item.num_units, item.tokens_per_unit, -1)
-        return evs.select_tokens(grids, planned.pruning_rate)
+        return scored[: item.num_tokens].view(item.num_units, item.tokens_per_unit, -1)
 
     def _attention(self, plan: BatchPlan, boundaries: Tensor, documents: Tensor) -> dict[str, Any]:
         """What attention is told: a mask of padding, or for packed rows of the borders between them.

@@ -1,7 +1,8 @@
 """The training loop: transformers' Trainer with a fixed draw order, an exact token-weighted loss, and EVS metrics.
 
 What differs from the plain Trainer, and why:
-- the sampler is sequential over the draws of `data/batches.py`, so order and rates do not depend on world size;
+- the loader reads the micro-batches of `data/schedule.py` in their order, so rows and rates do not depend on the number
+  of processes;
 - the loss is the sum over supervised tokens divided by their number over all ranks and micro-batches. (transformers'
   Qwen classes say `accepts_loss_kwargs = False`, which would average averages; their forward does take the count.)
 - learning rates by part, and metrics that say what pruning did;
@@ -25,7 +26,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evs_train.collate import BatchPlan
@@ -42,6 +43,7 @@ _NUM_BUCKETS = len(RATE_BUCKETS) + 1
 
 _COUNTS = (
     "rows",
+    "shortened",
     "rate",
     "video_rows",
     "rate_applied",
@@ -81,6 +83,7 @@ class Tally:
         applied = plan.applied_rates
         seen = {
             "rows": len(plan.draws),
+            "shortened": sum(share < 1 for share in plan.shares),
             "rate": sum(plan.rates),
             "video_rows": sum(rate is not None for rate in applied),
             "rate_applied": sum(rate for rate in applied if rate is not None),
@@ -175,6 +178,13 @@ class UptrainTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        # An item of the data set is a micro-batch, whatever number of rows it has.
+        loader: DataLoader[Any] = self._get_dataloader(
+            self.train_dataset, "Training", batch_size=1, sampler_fn=self._get_train_sampler, is_training=True
+        )
+        return loader
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
@@ -251,6 +261,7 @@ class UptrainTrainer(Trainer):
             "evs/video_tokens_after": sums["video_tokens_after"],
             "evs/supervised_tokens": sums["supervised"],
             "evs/padding": sums["padding"] / max(sums["padding"] + sums["tokens"], 1),
+            "data/shortened": sums["shortened"],
             "speed/tokens_per_second": sums["tokens"] / elapsed,
             "speed/samples_per_second": sums["rows"] / elapsed,
             **{f"time/{name}": seconds for name, seconds in times.items()},

@@ -8,7 +8,6 @@ checkpoints and `final/`. `export.py` makes a servable checkpoint of it.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, TrainingArguments, set_seed
@@ -27,17 +25,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from evs_train import samplers
 from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb, prepare_wandb
 from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
-from evs_train.collate import BatchPlan, Collator
-from evs_train.config import Recipe
-from evs_train.data import manifest, synthetic
-from evs_train.data.batches import TrainingStream
-from evs_train.data.index import MediaIndex, index_file
+from evs_train.data import manifest
 from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
-from evs_train.data.video import decoding_options, frame_sampling
 from evs_train.errors import RecipeError
-from evs_train.models.base import Family
-from evs_train.models.loading import load_family, load_weights, without_weights
-from evs_train.models.tiny import build_tiny
+from evs_train.inputs import Inputs, deepspeed_file
+from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
 from evs_train.prune import EvsHook
 from evs_train.trainer import UptrainTrainer
@@ -65,77 +57,8 @@ class Summary:
     quarantined: dict[str, int] = field(default_factory=dict)
 
 
-class Run:
-    """A run whose inputs are read and checked; `train` loads the weights and trains.
-
-    Raises (from the constructor):
-        RecipeError, DataError, MediaError, ModelError: what is wrong, before any weights are loaded.
-    """
-
-    def __init__(self, recipe: Recipe, world_size: int | None = None) -> None:
-        """`world_size`: number of processes to plan for; None: of those that torchrun started."""
-        self.recipe = recipe
-        if recipe.deepspeed is not None:
-            deepspeed_file(recipe.deepspeed)
-        if recipe.demo is not None:
-            _build_demo(recipe)
-        self.data = manifest.read_data(recipe.data)
-        self.samples = self.data.samples
-        self.family: Family = load_family(recipe.model, recipe.data, recipe.evs.positions)
-        if recipe.train.packing and not self.family.attention_only:
-            raise RecipeError(
-                f"train.packing: {self.family.model_type} cannot be packed", "its recurrent layers would mix the rows"
-            )
-        self.sampler = samplers.build_sampler(recipe.evs.rate)
-        self.world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
-        self.global_batch = recipe.train.batch_size * recipe.train.grad_accumulation * self.world_size
-        self.num_steps = recipe.train.steps or math.ceil(recipe.train.epochs * len(self.samples) / self.global_batch)
-        self.collator = Collator(
-            sampler=self.sampler,
-            seed=recipe.seed,
-            global_batch=self.global_batch,
-            pad_token_id=self.family.pad_token_id,
-            merge_media=self.family.merge_media,
-            per_sample=recipe.evs.scope == "sample",
-            cap=recipe.evs.cap,
-            sequential=recipe.evs.positions == "sequential",
-            packing=recipe.train.packing,
-        )
-        self.stream = TrainingStream(
-            samples=self.samples,
-            encoder=self.family,
-            sampling=frame_sampling(recipe.data),
-            num_draws=self.num_steps * self.global_batch,
-            seed=recipe.seed,
-            template_kwargs=recipe.data.template_kwargs,
-            max_length=recipe.data.max_length,
-            last_only=recipe.data.supervise == "last",
-            verify=recipe.data.verify,
-            decoding=decoding_options(recipe.data),
-            picture_draws=self._picture_draws(),
-            quarantine=recipe.data.on_error == "quarantine",
-            max_bad_in_a_row=recipe.data.max_bad_in_a_row,
-            index=MediaIndex.read(index_file(recipe.data)),
-            shares=self.data.shares,
-        )
-
-    def plan_batches(self, count: int) -> list[BatchPlan]:
-        """Plans of the first `count` micro-batches of this process, as if it were alone."""
-        size = self.recipe.train.batch_size
-        return [
-            self.collator.plan([self.stream.read(draw) for draw in range(first, first + size)])
-            for first in range(0, min(count * size, len(self.stream)), size)
-        ]
-
-    def planned_model(self) -> nn.Module:
-        """The model as it would be trained, with shapes and names only (meta device)."""
-        with torch.device("meta"):
-            plain = without_weights(self.family.config, self.recipe.model.revision)
-            return apply_tuning(plain, self.family, self.recipe.tuning)
-
-    def part_sizes(self) -> list[PartSize]:
-        """What would be trained, without reading any weights."""
-        return part_sizes(self.planned_model(), self.family)
+class Run(Inputs):
+    """A run whose inputs are read and checked; `train` loads the weights and trains."""
 
     def load_model(self) -> nn.Module:
         """The model as it will be trained: weights loaded, parts frozen, adapters added."""
@@ -207,7 +130,7 @@ class Run:
         return UptrainTrainer(
             hook=hook,
             optim=recipe.optim,
-            quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.global_batch),
+            quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.schedule.draws_before),
             args=self._training_arguments() if args is None else args,
             model=model,
             data_collator=self.collator,
@@ -219,21 +142,6 @@ class Run:
             ],
         )
 
-    def _picture_draws(self) -> frozenset[int]:
-        """Draws of the first process whose kept patches are drawn."""
-        train = self.recipe.train
-        if train.pictures_every is None:
-            return frozenset()
-        world_batch = self.global_batch // train.grad_accumulation
-        of_step = [
-            micro * world_batch + row for micro in range(train.grad_accumulation) for row in range(train.batch_size)
-        ]
-        return frozenset(
-            step * self.global_batch + draw
-            for step in range(0, self.num_steps, train.pictures_every)
-            for draw in of_step[:_PICTURES_PER_STEP]
-        )
-
     def _training_arguments(self) -> TrainingArguments:
         recipe, train, optim = self.recipe, self.recipe.train, self.recipe.optim
         on_cpu = not torch.cuda.is_available()
@@ -243,7 +151,7 @@ class Run:
             output_dir=recipe.output_dir,
             run_name=recipe.tracking.name or recipe.recipe,
             seed=recipe.seed,
-            max_steps=self.num_steps,
+            max_steps=self.schedule.num_steps,
             per_device_train_batch_size=train.batch_size,
             gradient_accumulation_steps=train.grad_accumulation,
             average_tokens_across_devices=True,
@@ -251,7 +159,7 @@ class Run:
             weight_decay=optim.weight_decay,
             adam_beta1=optim.betas[0],
             adam_beta2=optim.betas[1],
-            warmup_steps=math.ceil(optim.warmup_ratio * self.num_steps),
+            warmup_steps=math.ceil(optim.warmup_ratio * self.schedule.num_steps),
             lr_scheduler_type=optim.scheduler,
             max_grad_norm=optim.max_grad_norm,
             activation_checkpointing=train.gradient_checkpointing,
@@ -278,8 +186,8 @@ class Run:
         return {
             "recipe": recipe.model_dump(),
             "seed": recipe.seed,
-            "num_steps": self.num_steps,
-            "global_batch": self.global_batch,
+            "num_steps": self.schedule.num_steps,
+            "step": self.schedule.describe(),
             "num_samples": len(self.samples),
             "data_fingerprint": manifest.fingerprint(self.samples, self.data.shares),
             "data_sources": self.data.describe(),
@@ -301,31 +209,3 @@ def leave_process_group(*, together: bool = False) -> None:
         if together:
             torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def deepspeed_file(name: str) -> Path:
-    """The DeepSpeed configuration that the recipe names: a shipped one, or the path of a JSON file."""
-    path = Path(name) if name.endswith(".json") else DEEPSPEED_DIR / f"{name}.json"
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in DEEPSPEED_DIR.glob("*.json")))
-        raise RecipeError(
-            f"deepspeed: there is no configuration '{name}'", f"shipped: {shipped}; or the path of a JSON file"
-        )
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"deepspeed: {path} is not valid JSON: {error}") from error
-    return path
-
-
-def _build_demo(recipe: Recipe) -> None:
-    """Write the clips and the checkpoint that a demo recipe trains on, unless they are there. One process builds."""
-    demo = recipe.demo
-    assert demo is not None
-    data = Path(recipe.data.rows[0]).parent
-    data.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(data) + ".lock"):
-        synthetic.write_dataset(
-            data, num_clips=demo.num_clips, seed=recipe.seed, size=demo.size, num_frames=demo.num_frames
-        )
-        build_tiny(demo.family, Path(recipe.model.path), seed=recipe.seed)

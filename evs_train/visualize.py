@@ -12,10 +12,13 @@ What it does NOT do: choose the tokens, or decode video; it draws a given retent
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+Value = TypeVar("Value", bound=np.generic)
 
 DIM = 0.25  # brightness of a dropped patch
 TILES_PER_ROW = 8
@@ -44,7 +47,7 @@ def kept_overlay(frames: NDArray[np.uint8], kept: NDArray[np.bool_], frames_per_
         ValueError: the shapes do not belong together.
     """
     _check_shapes(frames, kept, frames_per_unit)
-    pixel_kept = _per_pixel(kept, frames.shape[1], frames.shape[2])  # (T, h, w) -> (T, H, W)
+    pixel_kept = per_pixel(kept, frames.shape[1], frames.shape[2])  # (T, h, w) -> (T, H, W)
     overlay = frames.copy()
     for index, frame in enumerate(frames):
         dropped = ~pixel_kept[index // frames_per_unit]
@@ -70,7 +73,7 @@ def kept_figure(
         ValueError: the shapes do not belong together.
     """
     _check_shapes(frames, kept, frames_per_unit)
-    tiles = [_tile(frame, mask) for frame, mask in zip(frames[::frames_per_unit], kept, strict=True)]
+    tiles = [kept_tile(frame, mask) for frame, mask in zip(frames[::frames_per_unit], kept, strict=True)]
     font = ImageFont.load_default(size=14)
     title = figure_title(kept, pruning_rate)
     columns, rows = min(len(tiles), TILES_PER_ROW), -(-len(tiles) // TILES_PER_ROW)
@@ -106,30 +109,35 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
     return path
 
 
-def _tile(frame: NDArray[np.uint8], mask: NDArray[np.bool_]) -> Image.Image:
-    """Return `frame` (H, W, 3) at a legible size, dropped patches of `mask` (h, w) dimmed and outlined."""
+def kept_tile(
+    frame: NDArray[np.uint8], mask: NDArray[np.bool_], smallest: int = _MIN_TILE, largest: int = _MAX_TILE
+) -> Image.Image:
+    """Return `frame` (H, W, 3) at a legible size, dropped patches of `mask` (h, w) dimmed and outlined.
+
+    Where its longer side is below `smallest` pixels it is enlarged by a whole factor, above `largest` reduced to that.
+    """
     height, width, _ = frame.shape
     picture = Image.fromarray(frame)
-    if max(height, width) < _MIN_TILE:
-        factor = -(-_MIN_TILE // max(height, width))
+    if max(height, width) < smallest:
+        factor = -(-smallest // max(height, width))
         picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
-    elif max(height, width) > _MAX_TILE:
-        shrink = _MAX_TILE / max(height, width)
+    elif max(height, width) > largest:
+        shrink = largest / max(height, width)
         size = max(1, round(width * shrink)), max(1, round(height * shrink))
         picture = picture.resize(size, Image.Resampling.BOX)
     pixels = kept_overlay(np.asarray(picture)[None], mask[None], frames_per_unit=1)[0]
     if min(pixels.shape[0] // mask.shape[0], pixels.shape[1] // mask.shape[1]) >= _MIN_OUTLINED_CELL:
-        dropped = ~_per_pixel(mask[None], pixels.shape[0], pixels.shape[1])[0]
+        dropped = ~per_pixel(mask[None], pixels.shape[0], pixels.shape[1])[0]
         pixels[dropped & _cell_edges(pixels.shape[0], pixels.shape[1], mask.shape)] = _DROPPED_EDGE
     return Image.fromarray(pixels)
 
 
-def _per_pixel(kept: NDArray[np.bool_], height: int, width: int) -> NDArray[np.bool_]:
-    """Spread a mask over pixels by proportional cell borders: (T, h, w) -> (T, height, width)."""
-    _, grid_height, grid_width = kept.shape
+def per_pixel(grids: NDArray[Value], height: int, width: int) -> NDArray[Value]:
+    """Spread one value per cell over pixels by proportional cell borders: (T, h, w) -> (T, height, width)."""
+    _, grid_height, grid_width = grids.shape
     cell_rows = np.arange(height) * grid_height // height
     cell_columns = np.arange(width) * grid_width // width
-    return kept[:, cell_rows[:, None], cell_columns]
+    return grids[:, cell_rows[:, None], cell_columns]
 
 
 def _cell_edges(height: int, width: int, grid: tuple[int, ...]) -> NDArray[np.bool_]:

@@ -22,14 +22,16 @@ def main(arguments: list[str]) -> int:
         from rich.console import Console  # noqa: PLC0415 (a bad recipe is answered before torch is imported)
 
         from evs_train import console as show  # noqa: PLC0415
+        from evs_train.check_console import watched  # noqa: PLC0415
         from evs_train.export import export_run  # noqa: PLC0415
         from evs_train.uptrain import Run, leave_process_group  # noqa: PLC0415
 
-        run = Run(recipe)
+        run = Run(recipe, watched=watched)
         console = Console(quiet=not first)
         if recipe.dry_run:
             show.show_dry_run(run, console)
             return 0
+        _ = run.schedule  # what cannot be planned is told before anything is loaded
     except EvsTrainError as error:  # every process meets the same fault; one of them says it
         return report(error) if first else error.exit_code
     try:

@@ -166,7 +166,7 @@ def test_a_new_run_sets_the_older_one_aside(train: Callable[..., tuple[Path, Sum
     [
         ({"seed": 7}, "seed (was 0, is 7)"),
         ({"evs__scope": "sample"}, "'scope': 'batch'"),
-        ({"train__batch_size": 2}, "global_batch (was 4, is 2)"),
+        ({"train__batch_size": 2}, "step (was 4 rows, is 2 rows)"),
     ],
 )
 def test_resuming_another_run_is_refused(
@@ -196,7 +196,8 @@ def test_wandb_runs_offline_without_a_key(
     train: Callable[..., tuple[Path, Summary]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "WANDB_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back, whether it was there or not
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     output, _ = train("run", tracking__wandb=True, train__pictures_every=2)
     import wandb

@@ -1,214 +1,109 @@
-"""The order in which samples are drawn: a pure function of (seed, number of samples), whatever reads it.
+"""Micro-batches of a run as a data set: what the loader's workers read.
 
-A run is one stream of *draws* 0, 1, 2, ...: draw d belongs to optimizer step d // global_batch, and shows the sample
-that epoch d // n of a seeded shuffle puts there. Ranks, workers, micro-batches and resumption only decide who reads a
-draw, never what it is, so 1 and 8 processes train on the same rows in the same steps.
+A draw whose row cannot be read shows another one, which follows from (seed, draw) alone (`order.py`); the other draws
+show what they would have shown. What was met is attached to the example (`quarantine.py`). Where batches have a budget,
+a stand-in is no longer than what it stands for, and a row whose length is not the planned one is not shown.
 
-A draw whose sample cannot be read shows another one, which again follows from (seed, draw) alone; the other draws show
-what they would have shown. What was met is attached to the example (`quarantine.py`).
-
-Cost: one permutation of the row numbers per epoch; media are read when a draw is read, in the loader's worker.
-This module does not batch or prune; see `collate.py`.
+Cost: media are read when their micro-batch is, in the loader's worker. This module does not pad or prune; see
+`collate.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-from PIL.Image import Image
 from torch.utils.data import Dataset
 
-from evs_train.data.chat import Example, SampleEncoder, build_example
-from evs_train.data.decoding import Decoding
-from evs_train.data.index import Fault, MediaIndex
-from evs_train.data.manifest import Sample
+from evs_train.data.chat import Example
+from evs_train.data.index import Fault
+from evs_train.data.lengths import Length
+from evs_train.data.order import DrawOrder
 from evs_train.data.quarantine import BadSample, NoneLeftError
-from evs_train.data.sampling import FrameSampling
-from evs_train.data.sources import Source, TarMember, name_of
-from evs_train.data.video import Clip, read_image, read_video
+from evs_train.data.rows import RowReader
+from evs_train.data.schedule import Schedule, Slot
 from evs_train.errors import DataError, EvsTrainError, MediaError
 
-# These keep the random streams apart: shuffle, stand-ins, shuffle within a source of a mixture, rates.
-_ORDER_STREAM = 0x0DE2
-_STAND_IN_STREAM = 0x57A7
-_SOURCE_STREAM = 0x50CE
 
-Shares = tuple[tuple[int, int], ...]
-"""(rows, rows shown per epoch) of each source of a weighted mixture; empty if an epoch shows each row once."""
+@dataclass(frozen=True)
+class Examples:
+    """What was read for one micro-batch.
 
-
-@lru_cache(maxsize=2)
-def epoch_order(num_samples: int, seed: int, epoch: int, shares: Shares = ()) -> np.ndarray:
-    """Shuffled row numbers of one epoch, (num_samples,) int64: each once, or as often as `shares` have it."""
-    order = np.random.default_rng([seed, _ORDER_STREAM, epoch]).permutation(num_samples)
-    return weighted_rows(shares, seed, epoch)[order] if shares else order
-
-
-def weighted_rows(shares: Shares, seed: int, epoch: int) -> np.ndarray:
-    """Row numbers that one epoch of a weighted mixture shows, source by source, int64.
-
-    A source is a stream of its own: shuffled passes over its rows one after the other, of which each epoch takes the
-    next so many. So within a pass no row comes again before all others of its source have come.
-
-    Args:
-        shares: (rows, rows per epoch) of each source; a source's row numbers follow those of the one before.
+    An error stands here as a value: the collator hands it to the process that trains, which stops with one clear line,
+    where an exception would arrive as a worker's traceback.
     """
-    taken, first = [], 0
-    for source, (num_rows, per_epoch) in enumerate(shares):
-        places = np.arange(epoch * per_epoch, (epoch + 1) * per_epoch)
-        passes = {
-            number: np.random.default_rng([seed, _SOURCE_STREAM, source, number]).permutation(num_rows)
-            for number in range(places[0] // num_rows, places[-1] // num_rows + 1)
-        }
-        taken.append(first + np.concatenate(list(passes.values()))[places - places[0] // num_rows * num_rows])
-        first += num_rows
-    return np.concatenate(taken)
 
-
-def sample_of_draw(draw: int, num_samples: int, seed: int, shares: Shares = ()) -> int:
-    """Row number that draw `draw` shows."""
-    epoch, place = divmod(draw, num_samples)
-    return int(epoch_order(num_samples, seed, epoch, shares)[place])
-
-
-def stand_in_of_draw(draw: int, attempt: int, num_samples: int, seed: int, shares: Shares = ()) -> int:
-    """Row number that `draw` tries as number `attempt` (1, 2, ...) when the ones before it cannot be read.
-
-    It is the row of some draw of the same epoch, so that it comes from what the epoch is made of.
-    """
-    place = int(np.random.default_rng([seed, _STAND_IN_STREAM, draw, attempt]).integers(num_samples))
-    return sample_of_draw(draw - draw % num_samples + place, num_samples, seed, shares)
+    step: int
+    rows: list[Example | EvsTrainError]
 
 
 @dataclass
-class TrainingStream(Dataset[Example | EvsTrainError]):
-    """All draws of a run, as a map-style data set.
-
-    An error comes out as a value: the collator hands it to the process that trains, which stops with one clear line,
-    where an exception would arrive as a worker's traceback.
+class TrainingStream(Dataset[Examples]):
+    """All micro-batches of a run, over all ranks, as a map-style data set.
 
     Attributes:
-        num_draws: length of the run in draws (steps * global batch).
-        last_only: train on the last answer of each row alone.
-        verify: check each video from end to end before its first use, unless `index` knows the file.
-        decoding: decoder and limits.
         picture_draws: draws whose frames are kept in the example, for pictures of what is pruned.
         quarantine: show another sample in the place of a bad one; otherwise the first bad one is an error.
         max_bad_in_a_row: samples tried for one draw before it is an error.
-        index: what is known of media files that have not changed since.
-        shares: see `weighted_rows`; empty without weights.
     """
 
-    samples: Sequence[Sample]
-    encoder: SampleEncoder
-    sampling: FrameSampling
-    num_draws: int
-    seed: int
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    max_length: int | None = None
-    last_only: bool = False
-    verify: bool = True
-    decoding: Decoding = field(default_factory=Decoding)
+    reader: RowReader
+    order: DrawOrder
+    schedule: Schedule
     picture_draws: frozenset[int] = frozenset()
-    shares: Shares = ()
     quarantine: bool = True
     max_bad_in_a_row: int = 100
-    index: MediaIndex = field(default_factory=MediaIndex)
-    # What this process found to be bad, so that it is not decoded again. Whole errors would keep their frames alive.
-    _bad_files: dict[Source, Fault] = field(default_factory=dict)
-    _bad_rows: dict[int, Fault] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return self.num_draws
+        return self.schedule.num_steps * self.schedule.per_step
 
-    def __getitem__(self, draw: int) -> Example | EvsTrainError:
-        try:
-            return self.read(draw)
-        except EvsTrainError as error:
-            return error
+    def __getitem__(self, number: int) -> Examples:
+        batch = self.schedule.batch(number)
+        return Examples(batch.step, [self._try(slot, batch.step) for slot in batch.slots])
 
-    def read(self, draw: int) -> Example:
+    def read(self, slot: Slot, step: int) -> Example:
         """The example of one draw.
 
         Raises:
             NoneLeftError: `max_bad_in_a_row` samples could not be read.
             DataError, MediaError: without quarantine, the draw's sample cannot be read; names the row.
         """
-        number = sample_of_draw(draw, len(self.samples), self.seed, self.shares)
-        if not self.quarantine:
-            return self._read_sample(number, draw)
         bad: dict[int, BadSample] = {}
         for attempt in range(self.max_bad_in_a_row):
-            if attempt:
-                number = stand_in_of_draw(draw, attempt, len(self.samples), self.seed, self.shares)
+            number = self.order.row(slot.draw, attempt)
             if number in bad:
                 continue
             try:
-                example = self._read_sample(number, draw)
+                example = self._read_row(number, slot, step, attempt)
             except (DataError, MediaError) as error:
-                sample = self.samples[number]
-                media = (*sample.videos, *sample.images)
-                files = [name_of(one) for one in media if one in self._bad_files]
-                file = files[0] if files and isinstance(error, MediaError) else None
-                bad[number] = BadSample(draw, attempt, sample.id, sample.source, file, error.reason, error.message)
+                if not self.quarantine:
+                    raise
+                sample = self.reader.samples[number]
+                file = self.reader.file_to_blame(sample, error)
+                bad[number] = BadSample(
+                    slot.draw, step, attempt, sample.id, sample.source, file, error.reason, error.message
+                )
             else:
-                return dataclasses.replace(example, bad=tuple(bad.values())) if bad else example
+                return dataclasses.replace(example, draw=slot.draw, bad=tuple(bad.values()))
         raise NoneLeftError(tuple(bad.values()))
 
-    def _read_sample(self, number: int, draw: int) -> Example:
-        if number in self._bad_rows:
-            raise DataError(*self._bad_rows[number])
-        sample = self.samples[number]
-        clips = [self._clip(source) for source in sample.videos]
-        images = [self._image(source) for source in sample.images]
+    def _try(self, slot: Slot, step: int) -> Example | EvsTrainError:
         try:
-            return build_example(
-                sample,
-                clips,
-                images,
-                self.encoder,
-                draw=draw,
-                template_kwargs=self.template_kwargs,
-                max_length=self.max_length,
-                last_only=self.last_only,
-                keep_frames=draw in self.picture_draws,
+            return self.read(slot, step)
+        except EvsTrainError as error:
+            return error
+
+    def _read_row(self, number: int, slot: Slot, step: int, attempt: int) -> Example:
+        way = self.schedule.way(slot, step, attempt, number)
+        if isinstance(way, Fault):
+            raise DataError(*way)
+        share, planned = way
+        example = self.reader.read(number, share=share, keep_frames=slot.draw in self.picture_draws)
+        if planned is not None and Length.of(example) != planned:
+            raise DataError(
+                f"{self.reader.samples[number].source}: has {len(example.input_ids)} tokens before pruning, where "
+                f"{planned.num_tokens} were planned",
+                "its media changed since the run began; start again to plan it anew",
+                "changed",
             )
-        except DataError as error:
-            self._bad_rows[number] = Fault(error.message, error.hint, error.reason)
-            raise
-
-    def _clip(self, source: Source) -> Clip:
-        verified = self._is_verified(source)
-        with self._remembered(source):
-            return read_video(source, self.sampling, verify=self.verify and not verified, decoding=self.decoding)
-
-    def _image(self, source: str | TarMember) -> Image:
-        self._is_verified(source)
-        with self._remembered(source):
-            return read_image(source, decoding=self.decoding)
-
-    def _is_verified(self, source: Source) -> bool:
-        """Whether the index knows the file, as it is now, to be good. Raises MediaError if it is known to be bad."""
-        known = self._bad_files.get(source)
-        if known is None:
-            entry = self.index.find(source)
-            if entry is None:
-                return False
-            if entry.fault is None:
-                return True
-            known = self._bad_files[source] = entry.fault
-        raise MediaError(*known)
-
-    @contextlib.contextmanager
-    def _remembered(self, source: Source) -> Iterator[None]:
-        try:
-            yield
-        except MediaError as error:
-            self._bad_files[source] = Fault(error.message, error.hint, error.reason)
-            raise
+        return dataclasses.replace(example, share=share)

@@ -75,13 +75,14 @@ class SampleEncoder(Renderer, Protocol):
 
     def position_ids(self, prepared: Prepared) -> Tensor | None: ...
 
+    def fingerprint(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Example:
     """One training example, unpruned.
 
     Attributes:
-        draw: place in the global order of the run (see `batches.py`).
         sample_id: id of the row.
         input_ids, labels: (L,) int64; labels are `IGNORE_INDEX` outside the assistant's turns.
         position_ids: (P, L) int64, or None for families that take none.
@@ -89,10 +90,11 @@ class Example:
         items: media in reading order.
         spans: for each item, (num_tokens,) int64 indices of its tokens in `input_ids`, in raster order.
         frames: for each video, one reduced frame per unit (T, H', W', 3) uint8 if pictures are wanted, else empty.
+        draw: place in the global order of the run (see `order.py`).
+        share: of the sampled frames that are here; less than 1 where a token budget demanded it (`schedule.py`).
         bad: the samples that this draw met before, and could not read (see `quarantine.py`).
     """
 
-    draw: int
     sample_id: str
     input_ids: Tensor
     labels: Tensor
@@ -101,6 +103,8 @@ class Example:
     items: tuple[MediaItem, ...]
     spans: tuple[Tensor, ...]
     frames: tuple[np.ndarray, ...] = ()
+    draw: int = 0
+    share: float = 1.0
     bad: tuple[BadSample, ...] = ()
 
 
@@ -110,7 +114,6 @@ def build_example(
     images: Sequence[Image],
     encoder: SampleEncoder,
     *,
-    draw: int,
     template_kwargs: Mapping[str, Any],
     max_length: int | None,
     keep_frames: bool = False,
@@ -142,7 +145,7 @@ def build_example(
     labels = label_turns(ids, turns, encoder.processor.tokenizer, sample.source)
     if bool((labels[prepared.media_mask] != IGNORE_INDEX).any()):
         raise DataError(f"{sample.source}: an answer contains media", "media belong in the user's turns")
-    example = _example(sample, prepared, encoder, labels, draw)
+    example = _example(sample, prepared, encoder, labels)
     return dataclasses.replace(example, frames=_thumbnails(clips, prepared.items)) if keep_frames else example
 
 
@@ -158,7 +161,7 @@ def build_prompt(
     messages = as_the_template_reads(sample, encoder, template_kwargs, last_only=True)
     text = render(encoder, messages, template_kwargs, sample.source, add_generation_prompt=True)
     prepared = _prepare(sample, text, clips, images, encoder)
-    return _example(sample, prepared, encoder, torch.full_like(prepared.input_ids, IGNORE_INDEX), draw=0)
+    return _example(sample, prepared, encoder, torch.full_like(prepared.input_ids, IGNORE_INDEX))
 
 
 def _prepare(
@@ -174,9 +177,8 @@ def _prepare(
     return encoder.prepare(text, clips, images)
 
 
-def _example(sample: Sample, prepared: Prepared, encoder: SampleEncoder, labels: Tensor, draw: int) -> Example:
+def _example(sample: Sample, prepared: Prepared, encoder: SampleEncoder, labels: Tensor) -> Example:
     return Example(
-        draw=draw,
         sample_id=sample.id,
         input_ids=prepared.input_ids,
         labels=labels,

@@ -142,6 +142,15 @@ def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
 
 
+def _make_stacks_usual() -> None:
+    """Threads of decoders get 8 MiB of stack, whatever `ulimit -s` says: it is address space, and so is limited."""
+    libc = ctypes.CDLL(None)
+    attributes = ctypes.create_string_buffer(256)  # pthread_attr_t has 56 bytes on x86-64, 64 on arm64
+    libc.pthread_attr_init(attributes)
+    libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(8 << 20))
+    libc.pthread_setattr_default_np(attributes)
+
+
 def _exactly(requests: BinaryIO, size: int) -> bytes:
     data = requests.read(size)
     if len(data) < size:
@@ -157,6 +166,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it was gone before the call
             sys.exit(0)
+    _make_stacks_usual()
     # decord would load all of CUDA from NVIDIA's packages, 0.4 s and 600 MB; frames are decoded on the host.
     sys.modules["nvidia"] = None  # type: ignore[assignment]
     with socket.socket(fileno=descriptor) as connection:

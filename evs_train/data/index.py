@@ -75,11 +75,16 @@ class Facts:
     indices: tuple[int, ...] = ()
     timestamps: tuple[float, ...] = ()
 
-    def blank_clip(self, name: str) -> Clip:
-        """The sampled clip with black frames: what planning needs of a video, without decoding it."""
-        frames = np.zeros((len(self.indices), self.height, self.width, 3), dtype=np.uint8)
-        times = np.asarray(self.timestamps, dtype=np.float64)
-        return Clip(frames, list(self.indices), self.fps, times, self.num_frames, self.duration, name)
+    def blank_clip(self, name: str, sampling: FrameSampling) -> Clip:
+        """The sampled clip with black frames: what planning needs of a video, without decoding it.
+
+        `sampling` may differ from the one that gave `indices` in its share alone.
+        """
+        places = sampling.thinned(len(self.indices))
+        frames = np.zeros((len(places), self.height, self.width, 3), dtype=np.uint8)
+        times = np.asarray(self.timestamps, dtype=np.float64)[places]
+        indices = [self.indices[place] for place in places]
+        return Clip(frames, indices, self.fps, times, self.num_frames, self.duration, name)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class BadSample:
 
     Attributes:
         draw: place in the global order of the run.
+        step: optimizer step that reads it.
         attempt: 0 for the draw's own sample, 1 for the first one tried in its place, and so on.
         sample_id: id of the row.
         row: data file and row, for people.
@@ -42,6 +43,7 @@ class BadSample:
     """
 
     draw: int
+    step: int
     attempt: int
     sample_id: str
     row: str
@@ -84,10 +86,11 @@ class Quarantine:
         num_draws: draws that were read, of all steps of the run.
     """
 
-    def __init__(self, path: Path, data: DataSection, global_batch: int) -> None:
+    def __init__(self, path: Path, data: DataSection, draws_before: Callable[[int], int]) -> None:
+        """`draws_before` says how many draws the steps before one read."""
         self.path = path
         self.data = data
-        self.global_batch = global_batch
+        self._draws_before = draws_before
         self.num_draws = 0
         self.reasons: Counter[str] = Counter()
         self._bad_draws: set[int] = set()
@@ -106,7 +109,7 @@ class Quarantine:
                 draft = self.path.with_suffix(".draft")
                 draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
                 os.replace(draft, self.path)
-        self.num_draws, self.reasons, self._bad_draws = step * self.global_batch, Counter(), set()
+        self.num_draws, self.reasons, self._bad_draws = self._draws_before(step), Counter(), set()
         self._count(lines)
 
     def lines_of(self, bad: Sequence[BadSample], shown: str | None) -> list[dict[str, Any]]:
@@ -114,7 +117,7 @@ class Quarantine:
         return [
             {
                 "draw": one.draw,
-                "step": one.draw // self.global_batch,
+                "step": one.step,
                 "attempt": one.attempt,
                 "sample": one.sample_id,
                 "row": one.row,

@@ -25,6 +25,7 @@ class FrameSampling:
         min_frames: lower clamp for `fps`; a video with fewer frames gives all it has.
         max_frames: upper clamp for `fps`.
         segment: seconds from and to which frames are taken, the last one included; None for the whole video.
+        share: of the chosen frames so many stay, spread evenly, but at least `min_frames` of them.
 
     Raises:
         RecipeError: a value or a combination that makes no sense.
@@ -34,6 +35,7 @@ class FrameSampling:
     num_frames: int | None = None
     min_frames: int = 1
     max_frames: int = 768
+    share: float = 1.0
     segment: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +52,12 @@ class FrameSampling:
             )
         if self.segment is not None and not 0 <= self.segment[0] < self.segment[1]:
             raise RecipeError(f"a segment must start at 0 s or later and end after that: {self.segment}")
+        if not 0.0 < self.share <= 1.0:
+            raise RecipeError(f"a share of the sampled frames must be in (0, 1], not {self.share}")
+
+    def thinned(self, count: int) -> list[int]:
+        """Which of `count` chosen frames stay, as places among them."""
+        return _spread(count, max(min(self.min_frames, count), math.floor(count * self.share)))
 
 
 def sample_indices(timestamps: npt.NDArray[np.float64], sampling: FrameSampling) -> list[int]:
@@ -74,6 +82,11 @@ def sample_indices(timestamps: npt.NDArray[np.float64], sampling: FrameSampling)
             first, behind = max(first - 1, 0), max(first, 1)
         inner = sample_indices(timestamps[first:behind], replace(sampling, segment=None))
         return [int(first) + index for index in inner]
+    chosen = _chosen(timestamps, sampling)
+    return [chosen[place] for place in sampling.thinned(len(chosen))]
+
+
+def _chosen(timestamps: npt.NDArray[np.float64], sampling: FrameSampling) -> list[int]:
     total = len(timestamps)
     if sampling.fps is None:
         return _spread(total, sampling.num_frames or total)

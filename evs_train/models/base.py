@@ -7,9 +7,12 @@ none of this; adding a family is one file beside this one and one line in `model
 
 from __future__ import annotations
 
+import hashlib
 import re
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -88,6 +91,16 @@ class Family(ABC):
     def pad_token_id(self) -> int:
         tokenizer = self.processor.tokenizer
         return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what ids and lengths of a row follow from: processor, configuration, options."""
+        digest = hashlib.sha256(repr([self.config.to_json_string(), self.video_kwargs, self.image_kwargs]).encode())
+        with tempfile.TemporaryDirectory() as folder:
+            self.processor.save_pretrained(folder)
+            for file in sorted(Path(folder).rglob("*")):
+                if file.is_file():
+                    digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+        return digest.hexdigest()
 
     def normalized(self, text: str) -> str:
         """A rendered conversation in which answers open as generation's prompt does. Default: as it is."""

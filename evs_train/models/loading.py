@@ -6,6 +6,7 @@ itself, or its video would be pruned twice.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
 from evs_train.config import (
@@ -170,6 +172,27 @@ def _try_options(key: str, options: Mapping[str, Any], processor: Any, blank: Ma
         processor(**blank, **options, return_tensors="pt")
     except Exception as error:
         raise RecipeError(f"{key}: {name} does not take {dict(options)}: {_reason(error)}") from error
+
+
+def load_encoder(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with all of its vision tower and projector, and one layer of its language model.
+
+    Enough to encode video, at the cost of the encoder, one layer and the embeddings: the other layers are not read. It
+    cannot answer. A family whose code comes with the checkpoint is loaded whole. Raises ModelError as `load_weights`.
+    """
+    if config.model_type in REMOTE_FAMILIES:
+        return load_weights(model, config, dtype)
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if "layers_block_type" in text.to_dict():  # Nemotron-H counts its layers by this list
+        text.layers_block_type = text.layers_block_type[:1]
+    text.num_hidden_layers = 1
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list every layer that is left out
+    try:
+        return load_weights(model, config, dtype)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from evs_train.config import DataSection, ModelSection
-from evs_train.data.batches import TrainingStream, epoch_order, sample_of_draw, stand_in_of_draw
+from evs_train.data.batches import TrainingStream
 from evs_train.data.chat import Example
-from evs_train.data.manifest import read_data, read_rows
+from evs_train.data.manifest import read_data
+from evs_train.data.order import DrawOrder, epoch_order
 from evs_train.data.quarantine import NoneLeftError
+from evs_train.data.rows import RowReader
 from evs_train.data.sampling import FrameSampling
+from evs_train.data.schedule import FixedBatches, Slot
 from evs_train.errors import DataError, MediaError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family
@@ -26,10 +30,16 @@ def family(tiny_checkpoint: Callable[[str], Path]) -> Family:
     return load_family(ModelSection(path=str(tiny_checkpoint("qwen3_vl"))), DataSection(rows="unused.json"))
 
 
-def stream(rows: Path, family: Family, **options: object) -> TrainingStream:
-    samples = read_rows([rows])
-    settings: dict[str, object] = {"num_draws": 2 * len(samples), "seed": 0, **options}
-    return TrainingStream(samples, family, FrameSampling(fps=8.0), **settings)  # type: ignore[arg-type]
+def stream(rows: Path, family: Family, max_length: int | None = None, **options: Any) -> TrainingStream:
+    """Two epochs in micro-batches of one row."""
+    samples = read_data(DataSection(rows=[str(rows)], allow_outside=True)).samples
+    reader = RowReader(samples, family, FrameSampling(fps=8.0), max_length=max_length)
+    order = DrawOrder(len(samples), seed=0)
+    return TrainingStream(reader, order, FixedBatches(2 * len(samples), 1, 1), **options)
+
+
+def sample_of_draw(draw: int, num_rows: int, seed: int) -> int:
+    return DrawOrder(num_rows, seed).row(draw)
 
 
 @pytest.mark.parametrize("size", [1, 2, 57])
@@ -62,26 +72,27 @@ def test_draws_show_the_rows_of_the_order(mixed_rows: Path, family: Family) -> N
     data = stream(mixed_rows, family)
     assert len(data) == 10
     for draw in range(len(data)):
-        example = data[draw]
+        (example,) = data[draw].rows
         assert isinstance(example, Example)
+        assert data[draw].step == draw
         assert example.draw == draw
-        assert example.sample_id == data.samples[sample_of_draw(draw, 5, seed=0)].id
+        assert example.sample_id == data.reader.samples[sample_of_draw(draw, 5, seed=0)].id
 
 
 def test_reading_twice_gives_the_same(mixed_rows: Path, family: Family) -> None:
-    draw = next(d for d in range(5) if stream(mixed_rows, family).read(d).items)
-    first, second = (stream(mixed_rows, family).read(draw) for _ in range(2))
+    draw = next(d for d in range(5) if stream(mixed_rows, family).read(Slot(d), 0).items)
+    first, second = (stream(mixed_rows, family).read(Slot(draw), 0) for _ in range(2))
     assert torch.equal(first.input_ids, second.input_ids)
     assert all(torch.equal(first.media[name], second.media[name]) for name in first.media)
 
 
 def test_frames_are_kept_for_picture_draws_only(mixed_rows: Path, family: Family) -> None:
     plain = stream(mixed_rows, family)
-    with_video = [d for d in range(5) if any(item.kind == "video" for item in plain.read(d).items)]
+    with_video = [d for d in range(5) if any(item.kind == "video" for item in plain.read(Slot(d), 0).items)]
     assert len(with_video) == 3
     data = stream(mixed_rows, family, picture_draws=frozenset(with_video[:1]))
-    assert [bool(data.read(draw).frames) for draw in with_video] == [True, False, False]
-    assert plain.read(with_video[0]).frames == ()
+    assert [bool(data.read(Slot(draw), 0).frames) for draw in with_video] == [True, False, False]
+    assert plain.read(Slot(with_video[0]), 0).frames == ()
 
 
 def test_errors_are_values(tmp_path: Path, world: Path, family: Family) -> None:
@@ -90,11 +101,11 @@ def test_errors_are_values(tmp_path: Path, world: Path, family: Family) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"video": "torn.mp4", "conversations": talk}]), encoding="utf-8")
     data = stream(rows, family, quarantine=False)
-    error = data[0]
+    (error,) = data[0].rows
     assert isinstance(error, MediaError)
     assert "torn.mp4" in error.message
     with pytest.raises(MediaError):
-        data.read(0)
+        data.read(Slot(0), 0)
 
 
 def test_a_bad_sample_shifts_no_other_draw(mixed_rows: Path, tmp_path: Path, family: Family) -> None:
@@ -108,10 +119,10 @@ def test_a_bad_sample_shifts_no_other_draw(mixed_rows: Path, tmp_path: Path, fam
     file.write_text(json.dumps(rows), encoding="utf-8")
     section = DataSection(rows=[str(file)], media_root=str(mixed_rows.parent), allow_outside=True)
     samples = read_data(section).samples
-    data = TrainingStream(samples, family, FrameSampling(fps=8.0), num_draws=20, seed=0)
-    alone = TrainingStream(samples, family, FrameSampling(fps=8.0), num_draws=20, seed=0)
-    shown = {draw: data.read(draw) for draw in range(20)}
-    assert {draw: alone.read(draw).sample_id for draw in reversed(range(20))} == {
+    readers = [RowReader(samples, family, FrameSampling(fps=8.0)) for _ in range(2)]
+    data, alone = (TrainingStream(reader, DrawOrder(5, seed=0), FixedBatches(20, 1, 1)) for reader in readers)
+    shown = {draw: data.read(Slot(draw), draw) for draw in range(20)}
+    assert {draw: alone.read(Slot(draw), draw).sample_id for draw in reversed(range(20))} == {
         draw: example.sample_id for draw, example in shown.items()
     }
     lengths = set()
@@ -119,11 +130,12 @@ def test_a_bad_sample_shifts_no_other_draw(mixed_rows: Path, tmp_path: Path, fam
         number = sample_of_draw(draw, 5, seed=0)
         tried = [number]
         while tried[-1] in (1, 3):
-            tried.append(stand_in_of_draw(draw, len(tried), 5, seed=0))
+            tried.append(DrawOrder(5, seed=0).row(draw, len(tried)))
         assert example.draw == draw
         assert example.sample_id == samples[tried[-1]].id
         assert [bad.sample_id for bad in example.bad] == [samples[n].id for n in dict.fromkeys(tried[:-1])]
         assert [bad.attempt for bad in example.bad] == sorted({tried.index(n) for n in tried[:-1]})
+        assert {bad.step for bad in example.bad} <= {draw}
         assert all(bad.file == samples[tried[bad.attempt]].videos[0] for bad in example.bad)
         lengths.add(len(tried))
     assert max(lengths) > 2  # a stand-in was bad, too
@@ -131,12 +143,12 @@ def test_a_bad_sample_shifts_no_other_draw(mixed_rows: Path, tmp_path: Path, fam
 
 def test_a_stand_in_is_pinned() -> None:
     """A change here would silently give resumed runs other rows."""
-    assert [stand_in_of_draw(7, attempt, 100, seed=1) for attempt in (1, 2, 3)] == [28, 17, 44]
+    assert [DrawOrder(100, seed=1).row(7, attempt) for attempt in (1, 2, 3)] == [28, 17, 44]
 
 
 def test_a_draw_gives_up(mixed_rows: Path, family: Family) -> None:
     data = stream(mixed_rows, family, max_length=5, max_bad_in_a_row=50)
-    error = data[0]
+    (error,) = data[0].rows
     assert isinstance(error, NoneLeftError)
     assert {bad.sample_id for bad in error.bad} == {"two", "image", "text", "still", "both"}  # each once
     assert {bad.reason for bad in error.bad} == {"too long"}
@@ -145,7 +157,7 @@ def test_a_draw_gives_up(mixed_rows: Path, family: Family) -> None:
 
 def test_a_row_longer_than_max_length_is_a_value_too(mixed_rows: Path, family: Family) -> None:
     data = stream(mixed_rows, family, max_length=5, quarantine=False)
-    error = data[0]
+    (error,) = data[0].rows
     assert isinstance(error, DataError)
     assert str(mixed_rows) in error.message
     assert "row " in error.message

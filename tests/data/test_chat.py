@@ -72,7 +72,7 @@ def sample(*turns: tuple[str, Sequence[Any]]) -> Sample:
 def build(
     family: Family, row: Sample, clips: Sequence[Clip] = (), images: Sequence[Image.Image] = (), **options: Any
 ) -> Example:
-    settings: dict[str, Any] = {"draw": 0, "template_kwargs": _thoughts(family, False), "max_length": None, **options}
+    settings: dict[str, Any] = {"template_kwargs": _thoughts(family, False), "max_length": None, **options}
     return build_example(row, clips, images, family, **settings)
 
 

@@ -14,10 +14,13 @@ import pytest
 from PIL import Image
 
 from evs_train.config import DataSection, ModelSection
-from evs_train.data import batches, index
+from evs_train.data import index, rows
 from evs_train.data.batches import TrainingStream
 from evs_train.data.index import Entry, Fault, Kind, MediaIndex, index_file, key_of, probe, probe_all, state_of, unknown
 from evs_train.data.manifest import read_rows
+from evs_train.data.order import DrawOrder
+from evs_train.data.rows import RowReader
+from evs_train.data.schedule import FixedBatches, Slot
 from evs_train.data.sources import FrameList, Source, TarMember
 from evs_train.data.video import FrameSampling, read_video
 from evs_train.errors import DataError, MediaError
@@ -52,7 +55,7 @@ def test_facts_are_those_of_the_clip(media: list[tuple[Kind, Source]]) -> None:
     facts = found.entries[key_of(video)].facts
     assert facts is not None
     assert (facts.width, facts.height, facts.num_frames, facts.codec, facts.rotation) == (96, 64, 20, "h264", 0)
-    clip, blank = read_video(str(video), SAMPLING), facts.blank_clip(str(video))
+    clip, blank = read_video(str(video), SAMPLING), facts.blank_clip(str(video), SAMPLING)
     assert blank.frames.shape == clip.frames.shape
     assert not blank.frames.any()
     assert blank.frame_indices == clip.frame_indices
@@ -182,24 +185,25 @@ class TestTraining:
             made.append((Path(path).name, verify))
             return read_video(path, sampling, verify=verify, **options)
 
-        monkeypatch.setattr(batches, "read_video", recorded)
+        monkeypatch.setattr(rows, "read_video", recorded)
         return made
 
     def stream(self, folder: Path, family: Family, found: MediaIndex) -> TrainingStream:
         talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}]
-        rows = [{"id": name, "video": f"{name}.mp4", "conversations": talk} for name in ("good", "torn")]
-        (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-        return TrainingStream(read_rows([folder / "rows.json"]), family, SAMPLING, num_draws=6, seed=0, index=found)
+        listed = [{"id": name, "video": f"{name}.mp4", "conversations": talk} for name in ("good", "torn")]
+        (folder / "rows.json").write_text(json.dumps(listed), encoding="utf-8")
+        reader = RowReader(read_rows([folder / "rows.json"]), family, SAMPLING, index=found)
+        return TrainingStream(reader, DrawOrder(2, seed=0), FixedBatches(6, 1, 1))
 
     def test_known_files_are_not_checked_again(
         self, media: list[tuple[Kind, Source]], tmp_path: Path, family: Family, calls: list[tuple[str, bool]]
     ) -> None:
-        without = [self.stream(tmp_path, family, MediaIndex()).read(draw) for draw in range(6)]
+        without = [self.stream(tmp_path, family, MediaIndex()).read(Slot(draw), 0) for draw in range(6)]
         assert calls.count(("torn.mp4", True)) == 3  # a new stream for each draw
         assert set(calls) == {("torn.mp4", True), ("good.mp4", True)}
         calls.clear()
         data = self.stream(tmp_path, family, filled(media))
-        with_index = [data.read(draw) for draw in range(6)]
+        with_index = [data.read(Slot(draw), 0) for draw in range(6)]
         assert set(calls) == {("good.mp4", False)}
         assert [one.sample_id for one in with_index] == [one.sample_id for one in without] == ["good"] * 6
         assert [one.bad for one in with_index] == [one.bad for one in without]
@@ -209,7 +213,7 @@ class TestTraining:
         self, media: list[tuple[Kind, Source]], tmp_path: Path, family: Family, calls: list[tuple[str, bool]]
     ) -> None:
         data = self.stream(tmp_path, family, MediaIndex())
-        bad = [one for draw in range(6) for one in data.read(draw).bad]
+        bad = [one for draw in range(6) for one in data.read(Slot(draw), 0).bad]
         assert len(bad) >= 3
         assert calls.count(("torn.mp4", True)) == 1
 
@@ -219,7 +223,7 @@ class TestTraining:
         found = filled(media)
         shutil.copy(tmp_path / "good.mp4", tmp_path / "torn.mp4")
         data = self.stream(tmp_path, family, found)
-        assert not any(data.read(draw).bad for draw in range(6))
+        assert not any(data.read(Slot(draw), 0).bad for draw in range(6))
         assert set(calls) == {("torn.mp4", True), ("good.mp4", False)}
 
     def test_a_fault_is_passed_on_as_it_was(
@@ -229,6 +233,6 @@ class TestTraining:
         entry = found.entries[torn]
         found.entries[torn] = Entry(entry.size, entry.mtime_ns, fault=Fault(f"{torn}: broken", "mend it", "truncated"))
         data = self.stream(tmp_path, family, found)
-        (bad, *_) = next(one.bad for one in map(data.read, range(6)) if one.bad)
+        (bad, *_) = next(one.bad for one in (data.read(Slot(draw), 0) for draw in range(6)) if one.bad)
         assert (bad.file, bad.reason, bad.message) == (torn, "truncated", f"{torn}: broken")
         assert (bad.sample_id, bad.row) == ("torn", f"{tmp_path / 'rows.json'} row 2")

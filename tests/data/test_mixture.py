@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from evs_train.config import DataSection
-from evs_train.data.batches import epoch_order, sample_of_draw
 from evs_train.data.manifest import TrainingData, fingerprint, read_data
 from evs_train.data.mixture import rows_per_epoch, subset_of
+from evs_train.data.order import DrawOrder, epoch_order
+from evs_train.data.schedule import Slot
 from evs_train.errors import DataError, EvsTrainError
 from evs_train.uptrain import Run
 from tests.runs import arguments, recipe_of
@@ -184,7 +185,7 @@ def test_a_mixture_is_a_pure_function_of_seed_and_epoch() -> None:
     assert len(set(orders.values())) == 6
     epoch_order.cache_clear()
     assert {key: tuple(epoch_order(20, *key, shares).tolist()) for key in reversed(orders)} == orders
-    assert [sample_of_draw(20 + place, 20, 1, shares) for place in range(20)] == list(orders[1, 1])
+    assert [DrawOrder(20, 1, shares).row(20 + place) for place in range(20)] == list(orders[1, 1])
     assert orders[0, 0] == (0, 0, 1, 9, 3, 13, 1, 4, 8, 12, 11, 4, 2, 19, 2, 15, 3, 0, 7, 2)
 
 
@@ -203,9 +204,9 @@ def test_a_run_draws_by_the_weights_and_records_them(
         tiny_checkpoint("qwen3_vl"), tmp_path / "mix.yaml", tmp_path / "run", data__media_root=str(world.parent)
     )
     run = Run(recipe_of(words))
-    shown = [run.stream.samples[sample_of_draw(d, len(rows), 0, run.data.shares)] for d in range(len(rows))]
+    shown = [run.samples[run.order.row(d)] for d in range(len(rows))]
     assert sum(bool(sample.videos) for sample in shown) == round(len(rows) / 10)
-    assert [run.stream.read(draw).sample_id for draw in range(3)] == [sample.id for sample in shown[:3]]
+    assert [run.stream.read(Slot(draw), 0).sample_id for draw in range(3)] == [sample.id for sample in shown[:3]]
     record = run._record()
     assert record["data_sources"] == run.data.describe()
     assert record["data_fingerprint"] == fingerprint(run.samples, run.data.shares) != fingerprint(run.samples)

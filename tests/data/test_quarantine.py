@@ -14,11 +14,11 @@ from evs_train.errors import BudgetError, Reason
 
 
 def quarantine(folder: Path, **options: Any) -> Quarantine:
-    return Quarantine(folder / "quarantine.jsonl", DataSection(rows="a.json", **options), global_batch=10)
+    return Quarantine(folder / "quarantine.jsonl", DataSection(rows="a.json", **options), lambda step: 10 * step)
 
 
 def bad(draw: int, attempt: int = 0, reason: Reason = "damaged") -> BadSample:
-    return BadSample(draw, attempt, f"s{draw}", f"a.json row {draw}", "a.mp4", reason, "a.mp4: damaged")
+    return BadSample(draw, draw // 10, attempt, f"s{draw}", f"a.json row {draw}", "a.mp4", reason, "a.mp4: damaged")
 
 
 def found(one: Quarantine, *samples: BadSample, num_draws: int = 10, none_left: bool = False) -> Found:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from evs_train.data.batches import sample_of_draw
 from evs_train.data.manifest import read_rows
+from evs_train.data.order import DrawOrder
 from evs_train.uptrain import Run
 from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of, torchrun
 
@@ -52,7 +52,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def test_the_rows_are_uneven_over_ranks(mixed_rows: Path) -> None:
     samples = read_rows([mixed_rows])
     per_step = [
-        tuple(len(samples[sample_of_draw(2 * step + rank, len(samples), 0)].videos) for rank in range(2))
+        tuple(len(samples[DrawOrder(len(samples), 0).row(2 * step + rank)].videos) for rank in range(2))
         for step in range(STEPS)
     ]
     assert any(0 in counts and max(counts) > 0 for counts in per_step), per_step

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from evs_train.config import DataSection
-from evs_train.data.batches import sample_of_draw, stand_in_of_draw
 from evs_train.data.manifest import Samples, read_data
+from evs_train.data.order import DrawOrder
 from evs_train.errors import BudgetError
 from evs_train.uptrain import Run
 from launch import uptrain
@@ -81,13 +81,12 @@ def test_a_bad_row_leaves_the_same_curve_whoever_reads_it(checkpoint: Path, worl
         assert counts == {name: value for name, value in other.items() if name.startswith("data/")}
     samples = samples_of(rows, world)
     bad = {number for number, sample in enumerate(samples) if sample.id.startswith("bad")}
-    drawn = [sample_of_draw(draw, len(samples), 0) for draw in range(STEPS * BATCH)]
+    drawn = [DrawOrder(len(samples), 0).row(draw) for draw in range(STEPS * BATCH)]
     replaced = [draw for draw, number in enumerate(drawn) if number in bad]
     assert len(replaced) == 4  # two rows in two epochs
     assert sorted({line["draw"] for line in expected_record}) == replaced
     for line in expected_record:
-        number = drawn[line["draw"]] if line["attempt"] == 0 else None
-        number = stand_in_of_draw(line["draw"], line["attempt"], len(samples), 0) if number is None else number
+        number = DrawOrder(len(samples), 0).row(line["draw"], line["attempt"])
         assert line["sample"] == samples[number].id
         assert line["row"] == samples[number].source
         assert line["file"] == samples[number].videos[0]
@@ -147,7 +146,7 @@ def test_all_processes_end_in_the_same_step(checkpoint: Path, world: Path, tmp_p
     bad = {number for number, sample in enumerate(samples) if sample.id.startswith("bad")}
 
     def gives_up(draw: int, seed: int) -> bool:
-        return {sample_of_draw(draw, len(samples), seed), stand_in_of_draw(draw, 1, len(samples), seed)} <= bad
+        return {DrawOrder(len(samples), seed).row(draw, attempt) for attempt in (0, 1)} <= bad
 
     seed = next(seed for seed in range(100) if gives_up(3, seed) and not any(gives_up(d, seed) for d in range(3)))
     options = {

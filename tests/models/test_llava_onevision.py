@@ -13,6 +13,7 @@ from PIL import Image
 
 from evs_train.collate import Collator
 from evs_train.config import DataSection, ModelSection
+from evs_train.data.batches import Examples
 from evs_train.data.chat import Example, Prepared, build_example
 from evs_train.data.manifest import Sample
 from evs_train.data.video import Clip
@@ -20,6 +21,7 @@ from evs_train.models.base import Family
 from evs_train.models.loading import load_family, load_weights
 from evs_train.models.tiny.llava_onevision import PATCHES
 from evs_train.prune import EvsHook
+from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
 
 PER_FRAME = 16  # ceil(7 / 2)**2
@@ -113,13 +115,11 @@ def test_rows_with_one_and_several_images_in_one_batch(family: Family, model: An
     inputs = family.processor(text=texts, images=all_images, videos=all_clips, padding=True, return_tensors="pt")
     assert inputs["batch_num_images"].tolist() == [1, 2, 1]
     collator = Collator(
-        sampler=build_sampler(0.0),
-        seed=0,
-        global_batch=4,
+        rates=Rates(build_sampler(0.0)),
         pad_token_id=family.pad_token_id,
         merge_media=family.merge_media,
     )
-    batch = collator(examples)
+    batch = collator([Examples(0, examples)])
     assert torch.equal(batch["input_ids"], inputs["input_ids"])
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
@@ -141,7 +141,7 @@ def example(family: Family, number: int, images: list[Image.Image], clips: list[
     )
     files = (("clip.mp4",) * len(clips), ("image.png",) * len(images))
     row = Sample(str(number), f"row {number}", messages, *files)
-    return build_example(row, clips, images, family, draw=number, template_kwargs={}, max_length=None)
+    return build_example(row, clips, images, family, template_kwargs={}, max_length=None)
 
 
 def test_the_last_norm_is_frozen_because_nothing_reads_it(family: Family, model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from evs_train.collate import BatchPlan, Collator
 from evs_train.config import DataSection, ModelSection
-from evs_train.data.batches import TrainingStream
+from evs_train.data.batches import Examples
 from evs_train.data.chat import Example
 from evs_train.data.manifest import read_rows
+from evs_train.data.rows import RowReader
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.loading import load_family, load_weights
 from evs_train.prune import KINDS, EvsHook, compact
+from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
 
 SCORED_WITH_DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
@@ -37,8 +40,8 @@ class Rig:
         self.seed = 0
         self._stored = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         samples = read_rows([rows])
-        self.stream = TrainingStream(samples, self.family, FrameSampling(fps=8.0), num_draws=len(samples), seed=0)
-        drawn = [self.stream.read(draw) for draw in range(len(samples))]
+        reader = RowReader(samples, self.family, FrameSampling(fps=8.0))
+        drawn = [dataclasses.replace(reader.read(number), draw=number) for number in range(len(samples))]
         self.examples: dict[str, Example] = {example.sample_id: example for example in drawn}
 
     def reseed(self, seed: int) -> None:
@@ -56,14 +59,13 @@ class Rig:
         self.seed = seed
 
     def batch(self, names: Sequence[str], rate: Any = 0.0, **options: Any) -> dict[str, Any]:
-        settings: dict[str, Any] = {"seed": 0, "global_batch": 8, "cap": False, **options}
         collator = Collator(
-            sampler=build_sampler(rate),
+            rates=Rates(build_sampler(rate), cap=options.pop("cap", False)),
             pad_token_id=self.family.pad_token_id,
             merge_media=self.family.merge_media,
-            **settings,
+            **options,
         )
-        return collator([self.examples[name] for name in names])
+        return collator([Examples(0, [self.examples[name] for name in names])])
 
     def forward(self, batch: dict[str, Any], **options: Any) -> tuple[Any, EvsHook]:
         hook = EvsHook(self.family, self.model, **options)

@@ -1,0 +1,125 @@
+"""One row to one example: its media decoded, or blank ones of the same size, number and times.
+
+Invariant: the blank example of a row has the ids, labels and lengths of the real one, since both are made by the same
+code from the same facts (`index.Facts`); only pixels differ. What this process found to be bad is not read again.
+Cost: that of decoding and of the model's processor. Which row comes when is not decided here (`order.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from evs_train.data.chat import Example, SampleEncoder, build_example
+from evs_train.data.decoding import Decoding
+from evs_train.data.index import Facts, Fault, MediaIndex
+from evs_train.data.manifest import Sample
+from evs_train.data.sampling import FrameSampling
+from evs_train.data.sources import Source, TarMember, name_of
+from evs_train.data.video import Clip, read_image, read_video
+from evs_train.errors import DataError, MediaError
+
+
+@dataclass
+class RowReader:
+    """Reads rows as a recipe says.
+
+    Attributes:
+        last_only: train on the last answer of each row alone.
+        max_length: refuse rows of more tokens before pruning.
+        verify: check each video from end to end before its first use, unless `index` knows the file.
+        decoding: decoder and limits.
+        index: what is known of media files that have not changed since.
+    """
+
+    samples: Sequence[Sample]
+    encoder: SampleEncoder
+    sampling: FrameSampling
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+    last_only: bool = False
+    verify: bool = True
+    decoding: Decoding = field(default_factory=Decoding)
+    index: MediaIndex = field(default_factory=MediaIndex)
+    # What this process found to be bad, so that it is not decoded again. Whole errors would keep their frames alive.
+    _bad_files: dict[Source, Fault] = field(default_factory=dict)
+    _bad_rows: dict[int, Fault] = field(default_factory=dict)
+
+    def read(self, number: int, *, share: float = 1.0, keep_frames: bool = False) -> Example:
+        """The example of row `number`, with this share of its sampled frames.
+
+        Raises:
+            DataError, MediaError: it cannot be used; names the row.
+        """
+        if number in self._bad_rows:
+            raise DataError(*self._bad_rows[number])
+        sample = self.samples[number]
+        sampling = dataclasses.replace(self.sampling, share=share)
+        clips = [self._clip(source, sampling) for source in sample.videos]
+        images = [self._image(source) for source in sample.images]
+        try:
+            return self._build(sample, clips, images, keep_frames=keep_frames)
+        except DataError as error:
+            self._bad_rows[number] = Fault(error.message, error.hint, error.reason)
+            raise
+
+    def blank(self, sample: Sample, facts: Sequence[Facts], *, share: float = 1.0) -> Example:
+        """The example of a row from black media; `facts` of its videos, then of its images. Raises DataError."""
+        sampling = dataclasses.replace(self.sampling, share=share)
+        videos, images = facts[: len(sample.videos)], facts[len(sample.videos) :]
+        clips = [one.blank_clip(name_of(at), sampling) for one, at in zip(videos, sample.videos, strict=True)]
+        return self._build(sample, clips, [Image.new("RGB", (one.width, one.height)) for one in images])
+
+    def file_to_blame(self, sample: Sample, error: DataError | MediaError) -> str | None:
+        """The medium that a row failed for, or None if the row itself is bad."""
+        files = [name_of(one) for one in (*sample.videos, *sample.images) if one in self._bad_files]
+        return files[0] if files and isinstance(error, MediaError) else None
+
+    def _build(
+        self, sample: Sample, clips: Sequence[Clip], images: Sequence[Image.Image], *, keep_frames: bool = False
+    ) -> Example:
+        return build_example(
+            sample,
+            clips,
+            images,
+            self.encoder,
+            template_kwargs=self.template_kwargs,
+            max_length=self.max_length,
+            last_only=self.last_only,
+            keep_frames=keep_frames,
+        )
+
+    def _clip(self, source: Source, sampling: FrameSampling) -> Clip:
+        verified = self._is_verified(source)
+        with self._remembered(source):
+            return read_video(source, sampling, verify=self.verify and not verified, decoding=self.decoding)
+
+    def _image(self, source: str | TarMember) -> Image.Image:
+        self._is_verified(source)
+        with self._remembered(source):
+            return read_image(source, decoding=self.decoding)
+
+    def _is_verified(self, source: Source) -> bool:
+        """Whether the index knows the file, as it is now, to be good. Raises MediaError if it is known to be bad."""
+        known = self._bad_files.get(source)
+        if known is None:
+            entry = self.index.find(source)
+            if entry is None:
+                return False
+            if entry.fault is None:
+                return True
+            known = self._bad_files[source] = entry.fault
+        raise MediaError(*known)
+
+    @contextlib.contextmanager
+    def _remembered(self, source: Source) -> Iterator[None]:
+        try:
+            yield
+        except MediaError as error:
+            self._bad_files[source] = Fault(error.message, error.hint, error.reason)
+            raise
