@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,16 @@ def test_the_command_leaves_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean data?" in capsys.readouterr().err
     assert main(["eval", "model=a", "data=nowhere.jsonl"]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_every_command_of_the_pages_can_be_meant() -> None:
+    pages = [ROOT / "README.md", ROOT / "docs" / "eval.md"]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+    lines = [line for block in blocks for line in block.splitlines() if " eval model=" in line]
+    assert len(lines) >= 5
+    for line in lines:
+        words = shlex.split(line)
+        assert parse_options(words[words.index("eval") + 1 :]).all_rates
 
 
 def test_the_page_explains_every_key() -> None:

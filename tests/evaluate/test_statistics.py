@@ -31,7 +31,7 @@ def simulated(rng: np.random.Generator, num_videos: int, per_video: int) -> tupl
 
 def coverage(monkeypatch: pytest.MonkeyPatch, num_videos: int, clustered: bool) -> float:
     monkeypatch.setattr(statistics, "NUM_RESAMPLES", 400)
-    rng, hits, rounds = np.random.default_rng(0), 0, 600
+    rng, hits, rounds = np.random.default_rng(0), 0, 600 if clustered else 200
     for _ in range(rounds):
         right, videos, _ = simulated(rng, num_videos, per_video=4)
         found = accuracy(list(right), videos if clustered else [str(i) for i in range(len(videos))])
