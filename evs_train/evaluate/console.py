@@ -22,9 +22,11 @@ def show_results(results: dict[str, Any], folder: str, console: Console) -> None
     data = results["data"]
     console.print(f"{data['num_questions']:,} questions about {data['num_videos']:,} videos")
     for model in results["models"]:
-        table = Table(*COLUMNS, title=model["name"], box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for row in rows_of_table(model):
-            table.add_row(*row)
+        rows = list(rows_of_table(model))
+        shown = len(COLUMNS) if any(row[-1] != "-" for row in rows) else len(COLUMNS) - 1  # no GPU, no column
+        table = Table(*COLUMNS[:shown], title=model["name"], box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for row in rows:
+            table.add_row(*row[:shown])
         console.print(table)
     for sentence in sentences(results):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
@@ -113,6 +115,9 @@ def _recommendation(model: dict[str, Any], options: EvalOptions) -> Iterator[str
         yield f"{model['name']}: recommended rate {model['recommended']:g}, shown to lose no more than {limit}.{gaps}"
         return
     needed = [f"{p['rate']:g}: {p['shown_tolerance']:.1%}" for p in judged if p["shown_tolerance"] is not None]
+    if not needed:
+        yield f"{model['name']}: no rate is recommended: at rate 0 it answers nothing right."
+        return
     yield (
         f"{model['name']}: no rate is shown to lose no more than {limit}. What is shown of each: {', '.join(needed)}. "
         "More videos narrow this; tolerance=... sets another limit without asking again."

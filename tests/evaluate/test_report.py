@@ -112,6 +112,12 @@ def test_the_terminal_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert "recommended rate 0.5, shown to lose no more than 5.0% of the dense accuracy." in said
     assert "only the first temporal unit of a video is left at 0.8 (100%)" in said
     assert "results: runs/x/eval" in said
+    nothing = results()
+    for point in nothing["models"][0]["points"][1:]:
+        point["shown_tolerance"] = None
+    nothing["models"][0]["recommended"] = None
+    show_results(nothing, "runs/x/eval", Console(width=200))
+    assert "at rate 0 it answers nothing right" in capsys.readouterr().out
     show_results(results(tolerance=0.001), "runs/x/eval", Console(width=200))
     assert re.search(r"no rate is shown .* 0.5: 4.\d%, 0.8: ", capsys.readouterr().out)
 
