@@ -7,7 +7,7 @@ torch and decord on one thread in each worker. Sides take turns in every round; 
 
 | side | what a worker does for one sample |
 |---|---|
-| `evs_train` | this project: TrainingStream (its index filled, as by `evs-train check`), the family's processor, collator |
+| `evs_train` | this project: TrainingStream with an index as of `evs-train check`, the family's processor, collator |
 | `evs_train, no index` | the same where no check was run: each video is first decoded once from end to end |
 | `qwen-vl-utils` | chat template, `process_vision_info`, the same processor |
 | `qwen-vl-utils, its threads` | the same with as many threads as its decord takes by itself |
@@ -18,8 +18,8 @@ Before anything is timed, the sides must agree on every file: the same frames, a
 rounding. Only evs_train's sides make labels, positions and pruning plans. Processor time (user and system, of workers
 and their children) is given beside samples per second, since it says more on a machine that has other work.
 
-`--samples N` measures memory instead: N samples, each of a file of its own, and the resident memory of this process, the
-workers and their decoding children, over time; it is written to `benchmarks/results/data_memory.json`.
+`--samples N` measures memory instead: N samples, each of a file of its own, and the resident memory of this process,
+the workers and their decoding children, over time; it is written to `benchmarks/results/data_memory.json`.
 """
 
 from __future__ import annotations
@@ -48,20 +48,18 @@ from torch.utils.data import DataLoader, Dataset
 from evs_train.collate import Collator
 from evs_train.config import DataSection, ModelSection
 from evs_train.data.batches import TrainingStream
-from evs_train.data.chat import Example
 from evs_train.data.index import MediaIndex, probe_all, unknown
 from evs_train.data.manifest import Sample, read_rows
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.synthetic import write_dataset
-from evs_train.data.template import as_the_template_reads, render
-from evs_train.data.video import read_video, video_metadata
+from evs_train.data.video import read_video
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family
 from evs_train.models.tiny import build_tiny
 from evs_train.samplers import build_sampler
 
 RESULTS = Path(__file__).parent / "results"
-RENDERED = {"224 px, 2 s": (224, 60), "448 px, 5 s": (448, 150), "640 px, 20 s": (640, 600)}
+RENDERED = {"224 px, 2 s": (224, 60), "448 px, 5 s": (448, 150), "640 px, 10 s": (640, 300)}
 FPS = 30.0
 NUM_FRAMES = 16  # even, as qwen-vl-utils wants it; then both ways of rounding choose the same frames
 MAX_PIXELS = NUM_FRAMES * 448 * 448
@@ -94,7 +92,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="videos; without any, clips are rendered")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--draws", type=int, default=24, help="samples of a group of files in one round of one side")
+    parser.add_argument("--draws", type=int, default=16, help="samples of a group of files in one round of one side")
     parser.add_argument("--samples", type=int, help="measure memory over this many samples instead")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -239,7 +237,11 @@ def by_decord(family: Family, places: dict[Any, list[int]], sample: Sample) -> A
     """Decode and process."""
     reader = decord.VideoReader(sample.videos[0], num_threads=1)
     frames = torch.from_numpy(reader.get_batch(places[sample.videos[0]]).asnumpy()).permute(0, 3, 1, 2)
-    metadata = {"fps": reader.get_avg_fps(), "frames_indices": places[sample.videos[0]], "total_num_frames": len(reader)}
+    metadata = {
+        "fps": reader.get_avg_fps(),
+        "frames_indices": places[sample.videos[0]],
+        "total_num_frames": len(reader),
+    }
     text = family.processor.apply_chat_template(list(sample.messages), tokenize=False)
     options = {"video_metadata": [metadata], "do_sample_frames": False, **VIDEO_KWARGS}
     return dict(family.processor(text=[text], videos=[frames], return_tensors="pt", videos_kwargs=options))
@@ -294,7 +296,7 @@ def agree(family: Family, samples: Sequence[Sample]) -> dict[str, float]:
 def turns(
     sides: dict[str, DataLoader[Any]], samples: Sequence[Sample], fresh: Sequence[Sample], rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Pass over each side's samples once a round, in an order that turns; the first round warms up and does not count."""
+    """Pass over each side's samples once a round, in an order that turns. The first round warms up, uncounted."""
     times, cpu = {name: list[float]() for name in sides}, {name: list[float]() for name in sides}
     names, megabytes = list(sides), sum(os.path.getsize(str(sample.videos[0])) for sample in samples) / 1e6
     for number in range(rounds + 1):

@@ -16,7 +16,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -24,7 +24,18 @@ from PIL import Image
 
 from evs_train import evs
 from evs_train.data.chat import Example, MediaItem, build_example
-from evs_train.data.index import Facts, Fault, Kind, MediaIndex, index_file, num_cores, parallel, probe_all, unknown
+from evs_train.data.index import (
+    Facts,
+    Fault,
+    Kind,
+    MediaIndex,
+    index_file,
+    key_of,
+    num_cores,
+    parallel,
+    probe_all,
+    unknown,
+)
 from evs_train.data.manifest import Sample
 from evs_train.data.sources import Source, name_of
 from evs_train.data.template import IGNORE_INDEX
@@ -85,6 +96,7 @@ class Report:
         row_tokens: unpruned tokens of a row.
         tokens: for each of `RATES`, as `evs.rate`: video tokens and all tokens of all rows, once each.
         longest: ids and unpruned tokens of the longest rows.
+        backends: videos by what decodes them: decord, pyav or images; the index says which for each file.
         labels: a row's text in pieces, each with whether it is trained on; media are one piece.
     """
 
@@ -102,6 +114,7 @@ class Report:
     num_steps: int
     global_batch: int
     index: str
+    backends: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """A mapping for `json.dumps`."""
@@ -131,7 +144,10 @@ def check(run: Run, watched: Progress, num_workers: int | None = None) -> Report
         found[number] = row
     planned = [row for row in found if isinstance(row, PlannedRow)]
     refused = [row for row in found if isinstance(row, Refused)]
-    return _report(run, known, planned, refused, num_read=num_read, place=place)
+    entries = [index.entries.get(key_of(source)) for kind, source in media if kind == "video"]
+    backends = Counter(entry.backend for entry in entries if entry is not None and entry.backend is not None)
+    report = _report(run, known, planned, refused, num_read=num_read, place=place)
+    return replace(report, backends=dict(backends.most_common()))
 
 
 def plan_row(run: Run, sample: Sample, known: Mapping[Source, Facts | Fault]) -> PlannedRow | Refused:

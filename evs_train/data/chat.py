@@ -90,6 +90,7 @@ class Example:
         spans: for each item, (num_tokens,) int64 indices of its tokens in `input_ids`, in raster order.
         frames: for each video, one reduced frame per unit (T, H', W', 3) uint8 if pictures are wanted, else empty.
         bad: the samples that this draw met before, and could not read (see `quarantine.py`).
+        decoded_by: what decoded each video (see `Clip.backend`).
     """
 
     draw: int
@@ -102,6 +103,7 @@ class Example:
     spans: tuple[Tensor, ...]
     frames: tuple[np.ndarray, ...] = ()
     bad: tuple[BadSample, ...] = ()
+    decoded_by: tuple[str, ...] = ()
 
 
 def build_example(
@@ -143,7 +145,8 @@ def build_example(
     if bool((labels[prepared.media_mask] != IGNORE_INDEX).any()):
         raise DataError(f"{sample.source}: an answer contains media", "media belong in the user's turns")
     example = _example(sample, prepared, encoder, labels, draw)
-    return dataclasses.replace(example, frames=_thumbnails(clips, prepared.items)) if keep_frames else example
+    frames = _thumbnails(clips, prepared.items) if keep_frames else ()
+    return dataclasses.replace(example, frames=frames, decoded_by=tuple(clip.backend for clip in clips))
 
 
 def build_prompt(

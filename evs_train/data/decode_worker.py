@@ -60,7 +60,12 @@ class Worker:
                 self._reply({**facts, "grown": self._has_grown(decoding)})
 
     def answer(
-        self, source: Source, decoding: Decoding, sampling: FrameSampling | None = None, verify: bool = True
+        self,
+        source: Source,
+        decoding: Decoding,
+        sampling: FrameSampling | None = None,
+        verify: bool = True,
+        suits_decord: bool = False,
     ) -> dict[str, Any]:
         """Decode a video, or an image where no `sampling` is given; what is known of it, or its error."""
         name = name_of(source)
@@ -72,7 +77,9 @@ class Worker:
                 pixels = self._read_image(source, decoding)
                 self._allocate(pixels.shape)[:] = pixels
                 return {"shape": pixels.shape}
-            decoded = self._read_video(source, sampling, verify, decoding, self._sink)
+            decoded = self._read_video(
+                source, sampling, verify=verify, suits_decord=suits_decord, decoding=decoding, sink=self._sink
+            )
             facts = {name: value for name, value in vars(decoded).items() if name != "frames"}
             return {**facts, "shape": decoded.frames.shape}
         except MediaError as error:
