@@ -1,9 +1,10 @@
 """How fast rows and videos become batches: this loader, `qwen-vl-utils`, and decord alone, on the same files.
 
 `pip install -e '.[bench]'`, then `OMP_NUM_THREADS=1 python benchmarks/data.py [FILE ...]` writes
-`benchmarks/results/data.json` and prints a table. Without files it renders clips of several sizes and lengths; recorded
-ones show more of decoding. Every side is a torch DataLoader with the same number of workers, one sample a batch, and
-torch and decord on one thread in each worker. Sides take turns in every round; medians over rounds, and the spread.
+`benchmarks/results/data.json` and prints a table. It renders clips of several sizes and lengths, with a key frame every
+eight frames; recorded files, where those are rarer, show more of decoding. Every side is a torch DataLoader with the
+same number of workers, one sample a batch, and torch and decord on one thread in each worker. Sides take turns in every
+round; medians over rounds, and the spread.
 
 | side | what a worker does for one sample |
 |---|---|
@@ -89,7 +90,7 @@ class Plain(Dataset[Any]):
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Speed or memory of the data loader.")
-    parser.add_argument("files", nargs="*", type=Path, help="videos; without any, clips are rendered")
+    parser.add_argument("files", nargs="*", type=Path, help="videos to measure beside the rendered clips")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--draws", type=int, default=16, help="samples of a group of files in one round of one side")
@@ -115,7 +116,7 @@ def main() -> None:
 
 def speed(family: Family, here: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All sides in turns over each group of files."""
-    groups = {"given files": args.files} if args.files else {name: rendered(here, name) for name in RENDERED}
+    groups = {name: rendered(here, name) for name in RENDERED} | ({"given files": args.files} if args.files else {})
     results, ratios = {}, {}
     for number, (name, files) in enumerate(groups.items()):
         folder = here / f"group{number}"

@@ -307,6 +307,8 @@ class TestDecoders:
         assert read(usual, suits=True, backend="pyav").backend == "pyav"
         assert read(b_frames, suits=False).backend == "pyav"
         assert looked == [usual, usual, b_frames]
+        read(usual, suits=True, verify=True)
+        assert looked[-1] == usual
 
     def test_training_says_what_suits_decord(
         self, files: list[tuple[Kind, Source]], tmp_path: Path, tiny_checkpoint: Callable[[str], Path],
