@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from evs_train.data.decoded import Pixels, Sink
-from evs_train.data.decoding import KEPT_BYTES, Decoding
+from evs_train.data.decoding import DEFAULTS, KEPT_BYTES, Decoding
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.sources import FrameList, Source, name_of
 from evs_train.errors import MediaError
@@ -46,6 +46,7 @@ class Worker:
         self._shared: mmap.mmap | None = None  # where pixels go
         self._unsent: int | None = None  # its descriptor, until the parent has it
         self._reported = 0.0
+        self._decoding = DEFAULTS
         self._sink = Sink(self._allocate, self._progress)
         self._own = _address_space()
 
@@ -56,6 +57,9 @@ class Worker:
             while length := requests.read(8):
                 request = _exactly(requests, int.from_bytes(length, "little"))
                 source, decoding, *rest = pickle.loads(request)  # noqa: S301 (our parent's)
+                if decoding != self._decoding:  # what is remembered of a file holds it: one object for all files
+                    self._decoding = decoding
+                decoding = self._decoding
                 facts = self.answer(source, decoding, *rest)
                 self._reply({**facts, "grown": self._has_grown(decoding)})
 
