@@ -7,9 +7,9 @@ decord repeats others, both without a word. So a file is first decoded once from
 both (`check_video`); anything but a clean pass is a `MediaError`. What cannot be noticed: a Matroska file with sound
 that was cut off (its header does not tell the length of the video alone), and a last second that is missing.
 
-Cost: the check is one more decode of the file, once per file and process (remembered by path, size and change time).
-A file that decord is known to read rightly (`suits_decord`, from the index) is not looked through at all.
-10 s of 480x270 H.264 take about 0.06 s of one core for each of the two. A member of a shard is read into memory.
+Cost: the check is one more decode of the file, once per file and process (remembered by path, size and change time);
+10 s of 480x270 H.264 take about 0.06 s of one core for each of the two. A file that decord is known to read rightly
+(`suits_decord`, from the index) is not looked through at all. A member of a shard is read into memory.
 """
 
 from __future__ import annotations

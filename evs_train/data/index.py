@@ -2,7 +2,8 @@
 
 An entry belongs to one state of a file (size and change time); a file that changed is unknown again. Training reads the
 index and never writes it: a video that was found good is not decoded from end to end again, and one that was found bad
-is refused without decoding. So a read-only folder or a missing index costs time and nothing else.
+is refused without decoding. Each entry says what decoded the video (`backend`): one that decord read rightly is not
+looked through again to find out. So a read-only folder or a missing index costs time and nothing else.
 
 Invariant: `probe` reads a medium as training does (`read_video`, `read_image`), so its verdict is training's; faults
 that may pass (a timeout, a file system that is away) are not kept. The file is replaced whole, so readers see the old
