@@ -134,7 +134,7 @@ class PrunedModel:
         """Arguments of the model's forward for one prompt, its videos encoded and pruned; all rows of shape (1, K)."""
         return self.inputs_of_rows([prompt], pruning_rate, self.encode(prompt))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: under ZeRO-3 weights that are gathered in it could not be trained afterwards
     def encode(self, prompt: Example) -> Encoded:
         """What the encoder says of the media of one prompt. It does not depend on the rate."""
         media = to_device(prompt.media, self.model.device)
@@ -143,7 +143,7 @@ class PrunedModel:
             for kind in KINDS
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def inputs_of_rows(self, rows: Sequence[Example], pruning_rate: float, encoded: Encoded) -> dict[str, Any]:
         """Arguments of the model's forward for rows that show the same media, padded on the right, pruned alike.
 
@@ -164,7 +164,7 @@ class PrunedModel:
         del pruned["labels"]
         return pruned
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, prompt: Example, pruning_rate: float, encoded: Encoded | None = None, **options: Any) -> Tensor:
         """Continue one prompt whose videos are pruned.
 

@@ -25,9 +25,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from evs_train import samplers
 from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb, prepare_wandb
 from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
+from evs_train.config import Recipe
 from evs_train.data import manifest
+from evs_train.data.lengths import Progress, unwatched
 from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
 from evs_train.errors import RecipeError
+from evs_train.evaluate.live import LiveCurve, questions_of
 from evs_train.inputs import Inputs, deepspeed_file
 from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
@@ -59,6 +62,10 @@ class Summary:
 
 class Run(Inputs):
     """A run whose inputs are read and checked; `train` loads the weights and trains."""
+
+    def __init__(self, recipe: Recipe, world_size: int | None = None, watched: Progress = unwatched) -> None:
+        super().__init__(recipe, world_size, watched)
+        self.questions = questions_of(recipe)
 
     def load_model(self) -> nn.Module:
         """The model as it will be trained: weights loaded, parts frozen, adapters added."""
@@ -127,7 +134,7 @@ class Run(Inputs):
             encoder_trains=encoder_trains(model, self.family),
             equal_calls=is_deepspeed_zero3_enabled(),
         )
-        return UptrainTrainer(
+        trainer = UptrainTrainer(
             hook=hook,
             optim=recipe.optim,
             quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.schedule.draws_before),
@@ -141,6 +148,9 @@ class Run(Inputs):
                 RecipeToWandb(recipe.model_dump()),
             ],
         )
+        if self.questions:
+            trainer.add_callback(LiveCurve(recipe, self.family, self.questions, trainer.log, hook.autocast))
+        return trainer
 
     def _training_arguments(self) -> TrainingArguments:
         recipe, train, optim = self.recipe, self.recipe.train, self.recipe.optim

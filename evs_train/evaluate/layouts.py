@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from evs_train.config import Layout
 from evs_train.data.manifest import Problem
 from evs_train.data.media import MediaFinder
 from evs_train.data.sources import frame_files
 from evs_train.errors import DataError
 from evs_train.evaluate.data import LETTER_REQUEST, LETTERS, Asked, Question, assemble, lettered, refuse, rows_of
-from evs_train.evaluate.options import EvalOptions, Layout
+from evs_train.evaluate.options import EvalOptions
 from evs_train.evaluate.published import PublishedRow, json_object, rows_of_file
 
 Found = Iterator[tuple[Asked | Problem, MediaFinder]]

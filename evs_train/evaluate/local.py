@@ -183,7 +183,7 @@ def prefill_costs(model: PrunedModel, prompt: Example, encoded: Encoded, rates: 
     The vision encoder is not in it; it runs alike at every rate.
     """
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(rate: float) -> None:
         inputs = model.inputs_of_rows([prompt], rate, encoded)
         model.model(**inputs, use_cache=True, logits_to_keep=1)

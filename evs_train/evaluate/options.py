@@ -13,12 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from evs_train.config import DataSection, Positions, Rate, RowFormatName, Section
+from evs_train.config import DataSection, Layout, Positions, Rate, RowFormatName, Section
 from evs_train.errors import RecipeError
 from evs_train.recipe import parse_yaml
 
 RATES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.8, 0.9)
-Layout = Literal["rows", "videomme", "mvbench", "tempcompass", "longvideobench", "mlvu", "egoschema"]
 
 
 def _as_list(value: Any) -> Any:

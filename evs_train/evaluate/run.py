@@ -79,7 +79,7 @@ def evaluate(options: EvalOptions, watch: Watch = lambda done, total: None) -> d
         _together()
         recorded = read_records(folder)
         _together()  # all have read before anyone writes
-        mine = _share(questions, rank, world)
+        mine = share(questions, rank, world)
         done = {(one.model, one.question, one.rate) for one in recorded}
         file, new = RecordFile(folder, rank), list[Record]()
         todo = [
@@ -180,7 +180,7 @@ def _load(place: int, options: EvalOptions) -> Answers:
     return LocalModel(place, model, options)
 
 
-def _share(questions: Sequence[Question], rank: int, world: int) -> list[Question]:
+def share(questions: Sequence[Question], rank: int, world: int) -> list[Question]:
     """The questions of a process: all of a video go to the same one, in their order."""
     place_of: dict[str, int] = {}
     for question in questions:

@@ -75,7 +75,7 @@ def log_likelihoods(
     return [float(sum(logits[row, place, token] for place, token in enumerate(rest))) for row, rest in enumerate(rests)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def last_logits(
     model: PrunedModel, rows: Sequence[Example], encoded: Encoded, pruning_rate: float, count: int
 ) -> Tensor:
