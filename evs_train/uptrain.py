@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, TrainingArguments, set_seed
@@ -97,6 +98,8 @@ class Run(Inputs):
             # On a CPU it would compile collectives over shared memory first: a minute, and a compiler. gloo has them.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        if args.world_size > 1:
+            self._agree()
         trainer = self.build_trainer(args)
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressLine)
@@ -120,6 +123,20 @@ class Run(Inputs):
             seconds=trainer.seconds,
             quarantined=dict(trainer.quarantine.reasons.most_common()),
         )
+
+    def _agree(self) -> None:
+        """All processes read the same rows by the same plan, or they would wait for one another for ever.
+
+        A file that one of them could not read while it planned is enough to make them differ.
+        """
+        plan = f"{len(self.samples)} rows, {self.schedule.num_steps} steps of {self.schedule.describe()}"
+        plans = gather_object([plan])
+        if len(set(plans)) > 1:
+            of_ranks = "; ".join(f"process {rank}: {one}" for rank, one in enumerate(plans))
+            raise RecipeError(
+                f"the processes planned different runs: {of_ranks}",
+                "all must see the same files; evs-train check writes an index that all of them then read",
+            )
 
     def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
         """The model with its hook in the trainer that will train it."""
