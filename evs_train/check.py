@@ -114,6 +114,8 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
     longest = sorted(planned, key=lambda row: -row.full.num_tokens)[:NUM_LONGEST]
     model = run.planned_model()
     batch = recipe.data.max_tokens_per_batch or sum(lengths[-recipe.train.batch_size :])
+    if recipe.objective.kind == "sandwich":  # all passes are held at once, the lowest rate's the longest
+        batch *= 1 + len(recipe.objective.further_passes)
     file = None if recipe.deepspeed is None else deepspeed_file(recipe.deepspeed)
     return Report(
         counts={

@@ -10,6 +10,7 @@ This module does not decode, tokenize, encode or choose.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,13 +105,15 @@ class Collator:
     `always` (int64 positions in B*L that stay whatever EVS chooses), `video` (int64 positions of all video tokens, in
     the order of the batch), `target` (int64 places of the retained tokens in the pruned batch, ascending) and
     `boundaries` ((B + 1,) int32, where each row begins in the joined sequence, and its length). With `sequential` it
-    holds `sequential_ids` (*plan.shape), the pruned batch's positions, instead of `position_ids`.
+    holds `sequential_ids` (*plan.shape), the pruned batch's positions, instead of `position_ids`. With `further` it
+    holds `further`: for each of them a mapping of the `plan`, `index` and `sequential_ids` of another pass.
     An example that is an error makes the batch `{"error": error, "bad": ...}`, where `bad` has for each row the samples
     that could not be read and the id of the one that it shows instead, or None.
 
     Attributes:
         sequential: number the retained tokens of a row 0, 1, 2, ... instead of keeping their positions.
         packing: join the rows of a batch to one sequence after pruning, instead of padding them.
+        further: rates of further passes over the same rows. Their plans carry no frames.
     """
 
     rates: Rates
@@ -118,6 +121,7 @@ class Collator:
     merge_media: Callable[[Sequence[Media]], Media]
     sequential: bool = False
     packing: bool = False
+    further: tuple[Rates, ...] = ()
 
     def __call__(self, read: Sequence[Examples]) -> dict[str, Any]:
         """The batch of one micro-batch: the loader hands over a list of one."""
@@ -128,21 +132,28 @@ class Collator:
             bad: list[tuple[tuple[BadSample, ...], str | None]] = [(row.bad, row.sample_id) for row in rows]
             bad += [(error.bad, None) for error in errors if isinstance(error, NoneLeftError)]
             return {"error": errors[0], "bad": bad}
-        plan = self.plan(rows, examples.step)
         length = max(len(row.input_ids) for row in rows)
         batch: dict[str, Any] = {
             "input_ids": _pad([row.input_ids for row in rows], length, self.pad_token_id),
             "labels": _pad([row.labels for row in rows], length, IGNORE_INDEX),
             "media": self.merge_media([row.media for row in rows]),
-            "plan": plan,
-            "index": _index(rows, plan, length),
+            **self._of_pass(rows, self.plan(rows, examples.step), length),
         }
         positions = [row.position_ids for row in rows if row.position_ids is not None]
-        if self.sequential:
-            batch["sequential_ids"] = _sequential(plan)
-        elif positions:
+        if positions and not self.sequential:
             batch["position_ids"] = _pad(positions, length, 0).transpose(0, 1)  # (B, P, L) -> (P, B, L)
+        if self.further:
+            unseen = [dataclasses.replace(row, frames=()) for row in rows]
+            plans = [dataclasses.replace(self, rates=rates).plan(unseen, examples.step) for rates in self.further]
+            batch["further"] = [self._of_pass(rows, plan, length) for plan in plans]
         return batch
+
+    def _of_pass(self, rows: Sequence[Example], plan: BatchPlan, length: int) -> dict[str, Any]:
+        """What differs between two passes over the same rows."""
+        of_pass: dict[str, Any] = {"plan": plan, "index": _index(rows, plan, length)}
+        if self.sequential:
+            of_pass["sequential_ids"] = _sequential(plan)
+        return of_pass
 
     def plan(self, rows: Sequence[Example], step: int) -> BatchPlan:
         """Rates and retained counts of a batch of this optimizer step; needs no tensor of it."""

@@ -189,6 +189,39 @@ class EvsSection(Section):
         return rate
 
 
+class ObjectiveSection(Section):
+    """What a step minimises (docs/objectives.md)."""
+
+    kind: Literal["uptrain", "teacher", "sandwich"] = Field(
+        "uptrain",
+        description="cross-entropy at the drawn rate; that and KL to the model's own dense pass; or the mean "
+        "cross-entropy at the lowest, the highest and the drawn rate",
+    )
+    teacher_weight: float = Field(1.0, gt=0, description="teacher: loss = cross-entropy + teacher_weight * KL")
+    temperature: float = Field(1.0, gt=0, description="teacher: of both distributions; KL is multiplied by its square")
+    lowest: Rate = Field(0.0, description="sandwich: rate of the first pass")
+    highest: Rate = Field(0.9, description="sandwich: rate of the second pass, lowered by evs.cap as drawn ones are")
+
+    @property
+    def further_passes(self) -> dict[str, float]:
+        """Name and rate of each pass beside the drawn one."""
+        if self.kind == "sandwich":
+            return {"lowest": self.lowest, "highest": self.highest}
+        return {"teacher": 0.0} if self.kind == "teacher" else {}
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> ObjectiveSection:
+        for name, kind in _OBJECTIVE_OF.items():
+            if self.kind != kind and getattr(self, name) != ObjectiveSection.model_fields[name].default:
+                raise ValueError(f"{name} is of kind {kind}; the kind is {self.kind}")
+        if self.lowest >= self.highest:
+            raise ValueError(f"lowest ({self.lowest}) must be below highest ({self.highest})")
+        return self
+
+
+_OBJECTIVE_OF = {"teacher_weight": "teacher", "temperature": "teacher", "lowest": "sandwich", "highest": "sandwich"}
+
+
 class LoraSection(Section):
     """Low-rank adapters (PEFT). Used when `tuning.method` is lora."""
 
@@ -296,6 +329,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     evs: EvsSection = Field(default_factory=EvsSection)
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     tuning: TuningSection = Field(default_factory=TuningSection)
     optim: OptimSection = Field(default_factory=OptimSection)
     train: TrainSection = Field(default_factory=TrainSection)
@@ -310,4 +344,9 @@ class Recipe(Section):
     def _one_way_to_batch(self) -> Recipe:
         if self.data.max_tokens_per_batch is not None and self.train.batch_size > 1:
             raise ValueError("set train.batch_size (1 unsets it) or data.max_tokens_per_batch, not both")
+        if self.data.max_tokens_per_batch is not None and self.objective.kind == "sandwich":
+            raise ValueError(
+                "objective.kind sandwich holds three passes in memory, and data.max_tokens_per_batch counts one: "
+                "set train.batch_size instead"
+            )
         return self

@@ -37,6 +37,7 @@ from evs_train.models.base import Family
 from evs_train.models.loading import load_family, without_weights
 from evs_train.models.tiny import build_tiny
 from evs_train.models.tuning import PartSize, apply_tuning, part_sizes
+from evs_train.objectives import further_rates
 from evs_train.rates import Rates
 
 DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
@@ -85,6 +86,7 @@ class Inputs:
             merge_media=self.family.merge_media,
             sequential=recipe.evs.positions == "sequential",
             packing=recipe.train.packing,
+            further=further_rates(recipe.objective, self.rates),
         )
 
     def plan(self, num_workers: int | None = None, probed: Probed | None = None) -> list[PlannedRow | Refused]:

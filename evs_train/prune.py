@@ -16,7 +16,7 @@ This module does not decode, tokenize or compute a loss.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +30,14 @@ from evs_train.collate import BatchPlan, PlannedItem
 from evs_train.data.chat import Kind, Media, MediaItem
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.base import Family, Features
+from evs_train.objectives import supervised_places
 from evs_train.timing import Stopwatch
 
 KINDS: tuple[Kind, ...] = ("image", "video")
-INPUTS = ("input_ids", "labels", "media", "plan", "index", "position_ids", "sequential_ids")
+INPUTS = ("input_ids", "labels", "media", "plan", "index", "position_ids", "sequential_ids", "further")
+
+Encoding = tuple[dict[Kind, list[Features]], list[tuple[Kind, Features]]]
+"""Features of all media of a batch by kind, and of the blanks that were encoded beside them."""
 
 
 def compact(batch: dict[str, Any], selected: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
@@ -74,11 +78,29 @@ def compact(batch: dict[str, Any], selected: Sequence[Tensor], pad_token_id: int
     return out
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What a further pass over a batch's encoding gave.
+
+    Attributes:
+        plan: of this pass.
+        labels: (B, L') of its pruned batch.
+        outputs: of the model: `loss` and `logits` (B, L', V). A teacher's have no loss, and `logits` (1, S, V) at the
+            places that predict the S supervised tokens.
+    """
+
+    plan: BatchPlan
+    labels: Tensor
+    outputs: Any
+
+
 @dataclass
 class EvsHook:
     """Device half: a forward pre-hook that prunes a batch of `Collator` on its way into the model.
 
     A forward call without a `plan` (generation, plain evaluation) passes through untouched.
+    Further passes of a batch run first, inside the same call of whatever wraps the module: DDP copies buffers at each
+    of its own calls, over what an earlier pass has saved for backward.
 
     Attributes:
         model: the plain transformers model inside whatever wraps it.
@@ -88,8 +110,10 @@ class EvsHook:
             at least one medium (a blank one, of which nothing is kept), or its gradients would be missing elsewhere.
         equal_calls: all ranks must call the tower equally often, as ZeRO-3 needs: its modules gather their weights by
             collectives.
+        teacher: the further pass is a teacher: without gradient and dropout, logits at supervised places only.
         autocast: makes the mixed-precision context that the forward runs in.
         labels: (B, L') labels of the last pruned batch.
+        passes: what the further passes of the last batch gave, in its order.
         kept: (planned video, (K,) selected) of every video whose plan carries frames, until somebody clears it.
     """
 
@@ -99,9 +123,11 @@ class EvsHook:
     float32_score: bool = False
     encoder_trains: bool = False
     equal_calls: bool = False
+    teacher: bool = False
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     labels: Tensor = field(default_factory=lambda: torch.empty(0))
+    passes: list[Pass] = field(default_factory=list)
     kept: list[tuple[PlannedItem, Tensor]] = field(default_factory=list)
 
     def attach(self, module: nn.Module) -> RemovableHandle:
@@ -112,30 +138,60 @@ class EvsHook:
         if "plan" not in kwargs:
             return None
         batch: dict[str, Any] = {key: kwargs.pop(key) for key in INPUTS if key in kwargs}
-        return args, self.prune(batch, module.training, **kwargs)
+        encoding = self._encode(batch["media"], module.training)
+        further = self._teacher_pass if self.teacher else self._further_pass
+        self.passes = []
+        for of_pass in batch.pop("further", ()):
+            self.passes.append(further(module, {**batch, **of_pass}, encoding, kwargs))
+        return args, self._pruned(batch, encoding, kwargs)
 
-    def prune(self, batch: dict[str, Any], training: bool = False, **others: Any) -> dict[str, Any]:
-        """Arguments of the plain model's forward for a batch of `Collator` (on the device), beside `others`."""
+    def prune(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the plain model's forward for a batch of `Collator` (on the device)."""
+        return self._pruned(batch, self._encode(batch["media"], training=False), {})
+
+    def _further_pass(
+        self, module: nn.Module, batch: dict[str, Any], encoding: Encoding, others: dict[str, Any]
+    ) -> Pass:
+        inputs = self._pruned(batch, encoding, others)
+        with self.stopwatch.section("further_passes"):
+            # Not module(...): frameworks' hooks on the outermost module stand for the whole call, which has begun.
+            outputs = module.forward(**inputs)
+        return Pass(batch["plan"], self.labels, outputs)
+
+    def _teacher_pass(
+        self, module: nn.Module, batch: dict[str, Any], encoding: Encoding, others: dict[str, Any]
+    ) -> Pass:
+        with torch.no_grad(), _without_dropout(module):
+            inputs = self._pruned(batch, encoding, others)
+            del inputs["labels"]
+            places, _ = supervised_places(self.labels, sum(batch["plan"].num_supervised))
+            head = self.family.output_embeddings(self.model)
+            handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[places][None],))
+            try:
+                with self.stopwatch.section("further_passes"):
+                    outputs = module.forward(**inputs)
+            finally:
+                handle.remove()
+        return Pass(batch["plan"], self.labels, outputs)
+
+    def _pruned(self, batch: dict[str, Any], encoding: Encoding, others: dict[str, Any]) -> dict[str, Any]:
         plan: BatchPlan = batch["plan"]
-        with self.autocast():
-            with self.stopwatch.section("encoder"):
-                encoded, blanks = self._encode(batch["media"], training)
-            with self.stopwatch.section("pruning"):
-                selected = [
-                    self._select(planned, features)
-                    for planned, features in zip(plan.videos, encoded["video"], strict=True)
-                ]
-                remaining: dict[Kind, Any] = {
-                    "image": iter(encoded["image"]),
-                    "video": iter(
-                        [
-                            _retained(features, chosen, planned.item.num_tokens)
-                            for planned, features, chosen in zip(plan.videos, encoded["video"], selected, strict=True)
-                        ]
-                    ),
-                }
-                features = [(planned.item.kind, next(remaining[planned.item.kind])) for planned in plan.items]
-                pruned = compact(batch, selected, self.family.pad_token_id)
+        encoded, blanks = encoding
+        with self.autocast(), self.stopwatch.section("pruning"):
+            selected = [
+                self._select(planned, features) for planned, features in zip(plan.videos, encoded["video"], strict=True)
+            ]
+            remaining: dict[Kind, Any] = {
+                "image": iter(encoded["image"]),
+                "video": iter(
+                    [
+                        _retained(features, chosen, planned.item.num_tokens)
+                        for planned, features, chosen in zip(plan.videos, encoded["video"], selected, strict=True)
+                    ]
+                ),
+            }
+            features = [(planned.item.kind, next(remaining[planned.item.kind])) for planned in plan.items]
+            pruned = compact(batch, selected, self.family.pad_token_id)
         attention = self._attention(plan, batch["index"]["boundaries"], pruned.pop("documents"))
         self.labels = pruned["labels"]
         self.kept += [(p, chosen) for p, chosen in zip(plan.videos, selected, strict=True) if p.frames is not None]
@@ -174,8 +230,12 @@ class EvsHook:
         least = torch.finfo(self.model.dtype).min
         return {"attention_mask": torch.zeros_like(visible, dtype=self.model.dtype).masked_fill(~visible, least)}
 
-    def _encode(self, media: Media, training: bool) -> tuple[dict[Kind, list[Features]], list[tuple[Kind, Features]]]:
+    def _encode(self, media: Media, training: bool) -> Encoding:
         """Encode all media; also run the tower on blanks as often as `_num_calls` asks, of which nothing is kept."""
+        with self.autocast(), self.stopwatch.section("encoder"):
+            return self._run_encoder(media, training)
+
+    def _run_encoder(self, media: Media, training: bool) -> Encoding:
         encoded: dict[Kind, list[Features]] = {"image": [], "video": []}
         blanks: list[tuple[Kind, Features]] = []
         calls = {kind: self.family.num_encoder_calls(media, kind) for kind in KINDS}
@@ -202,6 +262,19 @@ class EvsHook:
             elif not any(wanted.values()):
                 wanted["video"] = 1
         return wanted
+
+
+@contextlib.contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """Switch off its dropout layers; all else stays in training mode, for which layers may have other kernels."""
+    active = [layer for layer in module.modules() if isinstance(layer, nn.Dropout) and layer.training]
+    for layer in active:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in active:
+            layer.train()
 
 
 def _retained(features: Features, chosen: Tensor, num_tokens: int) -> Features:

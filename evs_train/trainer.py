@@ -5,13 +5,13 @@ What differs from the plain Trainer, and why:
   of processes;
 - the loss is the sum over supervised tokens divided by their number over all ranks and micro-batches. (transformers'
   Qwen classes say `accepts_loss_kwargs = False`, which would average averages; their forward does take the count.)
+- a step may make further passes over its media (`objective`), whose losses are summed before the one backward;
 - learning rates by part, and metrics that say what pruning did;
 - bad samples are counted over all ranks before a step's batches are used, so that all ranks end in the same step.
 
 Invariant: one optimizer step's loss and gradient are the same for any split of its draws over ranks and micro-batches,
-up to rounding. Cost over the plain Trainer: one gather of supervised logits without gradient per micro-batch for the
-loss by rate, one all-reduce of a few numbers per log, and one of three numbers per step that keeps count of bad samples
-over all ranks (where transformers has waited for the device already, to move the batch).
+up to rounding. Cost over the plain Trainer: what `tally.py` counts, and one all-reduce of three numbers per step that
+keeps count of bad samples over all ranks (where transformers has waited for the device already, to move the batch).
 """
 
 from __future__ import annotations
@@ -30,103 +30,12 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evs_train.collate import BatchPlan
-from evs_train.config import OptimSection
+from evs_train.config import ObjectiveSection, OptimSection
 from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
-from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.tuning import parameter_groups
+from evs_train.objectives import supervised_places, teacher_kl
 from evs_train.prune import EvsHook
-
-RATE_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Upper ends (inclusive) of the buckets in which the loss is reported; the first is for videos that stayed dense."""
-_NO_VIDEO = len(RATE_BUCKETS)  # bucket of rows that have no video
-_NUM_BUCKETS = len(RATE_BUCKETS) + 1
-
-BACKENDS = ("decord", "pyav", "images")
-_COUNTS = (
-    "rows",
-    "shortened",
-    "rate",
-    "video_rows",
-    "rate_applied",
-    "tokens",
-    "padding",
-    "supervised",
-    "video_tokens_before",
-    "video_tokens_after",
-    *(f"decoded/{backend}" for backend in BACKENDS),
-)
-
-
-def bucket_of(applied_rate: float | None) -> int:
-    """Bucket of a row that lost this share of its video tokens, or has no video (None)."""
-    if applied_rate is None:
-        return _NO_VIDEO
-    return next(index for index, end in enumerate(RATE_BUCKETS) if applied_rate <= end)
-
-
-def bucket_name(index: int) -> str:
-    """Metric name of a bucket, such as `loss/rate_0.5-0.75`."""
-    if index == _NO_VIDEO:
-        return "loss/no_video"
-    return "loss/rate_0" if index == 0 else f"loss/rate_{RATE_BUCKETS[index - 1]:g}-{RATE_BUCKETS[index]:g}"
-
-
-class Tally:
-    """Sums since the last log, and since the start: what was pruned, and the loss by rate. Local to a rank."""
-
-    def __init__(self) -> None:
-        self.total: dict[str, float] = dict.fromkeys(_COUNTS, 0.0)
-        self._counts = dict.fromkeys(_COUNTS, 0.0)
-        self._bucket_tokens = [0.0] * _NUM_BUCKETS
-        self._bucket_loss: Tensor | None = None
-
-    def add(self, plan: BatchPlan, logits: Tensor, labels: Tensor) -> None:
-        """Count one micro-batch. `logits` (B, L, V) and `labels` (B, L) are those of the pruned batch."""
-        applied = plan.applied_rates
-        seen = {
-            "rows": len(plan.draws),
-            "shortened": sum(share < 1 for share in plan.shares),
-            "rate": sum(plan.rates),
-            "video_rows": sum(rate is not None for rate in applied),
-            "rate_applied": sum(rate for rate in applied if rate is not None),
-            "tokens": sum(plan.num_tokens),
-            "padding": plan.shape[0] * plan.shape[1] - sum(plan.num_tokens),
-            "supervised": sum(plan.num_supervised),
-            "video_tokens_before": plan.video_tokens_before,
-            "video_tokens_after": plan.video_tokens_after,
-            **{f"decoded/{backend}": plan.decoded_by.count(backend) for backend in BACKENDS},
-        }
-        for name, value in seen.items():
-            self._counts[name] += value
-        buckets = [bucket_of(rate) for rate in applied]
-        for bucket, count in zip(buckets, plan.num_supervised, strict=True):
-            self._bucket_tokens[bucket] += count
-        if self._bucket_loss is None:
-            self._bucket_loss = torch.zeros(_NUM_BUCKETS, device=logits.device, dtype=torch.float64)
-        # The positions are found by a sort, not by a boolean mask: their number is known, so nothing synchronises.
-        targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()  # of the token that each place predicts
-        places = torch.argsort((targets == IGNORE_INDEX).int(), stable=True)[: sum(plan.num_supervised)]
-        predicted = logits.detach().flatten(0, 1)[places]  # (B, L, V) -> (S, V); the flattening is a view
-        losses = F.cross_entropy(predicted.float(), targets[places], reduction="none")
-        of_token = torch.tensor(buckets).repeat_interleave(torch.tensor(plan.num_supervised))
-        self._bucket_loss.index_add_(0, of_token.to(logits.device, non_blocking=True), losses.double())
-
-    def collect(self, reduce: Any, device: torch.device) -> dict[str, float]:
-        """Counts and bucket losses since the last call, summed over ranks by `reduce(tensor)`."""
-        losses = torch.zeros(_NUM_BUCKETS, dtype=torch.float64) if self._bucket_loss is None else self._bucket_loss
-        counts = torch.tensor([*self._counts.values(), *self._bucket_tokens], dtype=torch.float64)
-        summed = reduce(torch.cat([counts.to(device), losses.to(device)])).tolist()
-        collected = dict(zip(_COUNTS, summed, strict=False))
-        for name, value in collected.items():
-            self.total[name] += value
-        tokens = summed[len(_COUNTS) : -_NUM_BUCKETS]
-        for index, (count, loss) in enumerate(zip(tokens, summed[-_NUM_BUCKETS:], strict=True)):
-            if count:
-                collected[bucket_name(index)] = loss / count
-        self._counts = dict.fromkeys(_COUNTS, 0.0)
-        self._bucket_tokens = [0.0] * _NUM_BUCKETS
-        self._bucket_loss = None
-        return collected
+from evs_train.tally import BACKENDS, Tally
 
 
 class _AttachHook(TrainerCallback):
@@ -163,14 +72,23 @@ class UptrainTrainer(Trainer):
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
-        self, *, hook: EvsHook, optim: OptimSection, quarantine: Quarantine, args: TrainingArguments, **kwargs: Any
+        self,
+        *,
+        hook: EvsHook,
+        optim: OptimSection,
+        objective: ObjectiveSection,
+        quarantine: Quarantine,
+        args: TrainingArguments,
+        **kwargs: Any,
     ) -> None:
         super().__init__(args=args, **kwargs)
         self.quarantine = quarantine
         self.model_accepts_loss_kwargs = True
         self.hook = hook
         self.optim_section = optim
-        self.tally = Tally()
+        self.objective = objective
+        names = [f"pass_{name}" for name in (*objective.further_passes, "drawn")] if objective.further_passes else []
+        self.tally = Tally([*names, "teacher_kl"] if objective.kind == "teacher" else names)
         self.losses: list[float] = []
         self.seconds = 0.0
         self._last_log = 0.0  # 0: the clock starts with the first batch, not with loading
@@ -240,8 +158,35 @@ class UptrainTrainer(Trainer):
         if self.hook.family.averages_loss and num_items_in_batch is not None:
             loss = loss * sum(plan.num_supervised) / num_items_in_batch
         with torch.no_grad():
-            self.tally.add(plan, outputs["logits"], self.hook.labels)
+            drawn = self.tally.add(plan, outputs["logits"], self.hook.labels)
+        if self.objective.further_passes:
+            assert num_items_in_batch is not None  # a training step has a count
+            self.tally.add_sum("pass_drawn", drawn)
+            further = self._teacher_loss if self.objective.kind == "teacher" else self._sandwich_loss
+            loss = further(plan, loss, outputs["logits"], self.accelerator.num_processes / num_items_in_batch)
+            self.hook.passes = []  # their logits need not wait for the next step
         return (loss, outputs) if return_outputs else loss
+
+    def _teacher_loss(self, plan: BatchPlan, loss: Tensor, logits: Tensor, share: Tensor | float) -> Tensor:
+        """`loss` and the weighted KL. `share`: what one token counts, times the ranks averaged over."""
+        (teacher,) = self.hook.passes
+        places, targets = supervised_places(self.hook.labels, sum(plan.num_supervised))
+        expected = teacher.outputs["logits"][0]  # (S, V)
+        kl = teacher_kl(logits.flatten(0, 1)[places], expected, self.objective.temperature)
+        self.tally.add_computed(teacher.plan)
+        self.tally.add_sum("pass_teacher", F.cross_entropy(expected.float(), targets, reduction="sum"))
+        self.tally.add_sum("teacher_kl", kl)
+        return loss + self.objective.teacher_weight * share * kl
+
+    def _sandwich_loss(self, plan: BatchPlan, loss: Tensor, logits: Tensor, share: Tensor | float) -> Tensor:
+        """The mean of `loss` and the further passes' losses."""
+        for name, one in zip(self.objective.further_passes, self.hook.passes, strict=True):
+            with torch.no_grad():
+                self.tally.add_sum(f"pass_{name}", self.tally.add_pass(one.plan, one.outputs["logits"], one.labels))
+            mean = self.hook.family.averages_loss  # of the micro-batch, instead of its part of the step's loss
+            scale = share * sum(plan.num_supervised) if mean else self.accelerator.num_processes
+            loss = loss + one.outputs["loss"] * scale
+        return loss / (1 + len(self.hook.passes))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -150,10 +150,12 @@ class Run(Inputs):
             float32_score=recipe.evs.score_dtype == "float32",
             encoder_trains=encoder_trains(model, self.family),
             equal_calls=is_deepspeed_zero3_enabled(),
+            teacher=recipe.objective.kind == "teacher",
         )
         trainer = UptrainTrainer(
             hook=hook,
             optim=recipe.optim,
+            objective=recipe.objective,
             quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.schedule.draws_before),
             args=self._training_arguments() if args is None else args,
             model=model,
@@ -221,6 +223,7 @@ class Run(Inputs):
             "base_model": recipe.model.path,
             "base_commit": getattr(self.family.config, "_commit_hash", None),
             "evs": recipe.evs.model_dump(),
+            "objective": recipe.objective.model_dump(),
             "pruning_rates": samplers.describe(self.sampler),
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},

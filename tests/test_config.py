@@ -336,3 +336,29 @@ def test_a_bad_recipe_is_answered_without_torch() -> None:
     assert done.returncode == 2, done.stderr
     assert "evs.rat: unknown key; did you mean evs.rate?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("{temperature: 2.0}", "objective: temperature is of kind teacher; the kind is uptrain"),
+        ("{kind: sandwich, teacher_weight: 2.0}", "objective: teacher_weight is of kind teacher; the kind is sandwich"),
+        ("{kind: teacher, highest: 0.5}", "objective: highest is of kind sandwich; the kind is teacher"),
+        ("{kind: sandwich, lowest: 0.9}", "objective: lowest (0.9) must be below highest (0.9)"),
+    ],
+)
+def test_objective_keys_that_would_do_nothing_are_refused(objective: str, message: str) -> None:
+    assert faults(f"objective={objective}") == [message]
+
+
+def test_objective_of_a_record_is_read_again() -> None:
+    """A record holds every key; those of another kind have their defaults there."""
+    recipe = tiny("objective={kind: teacher, temperature: 2.0}")
+    assert Recipe.model_validate(recipe.model_dump()).objective == recipe.objective
+
+
+def test_a_sandwich_and_a_budget_of_tokens_are_refused() -> None:
+    budget = ("data.max_tokens_per_batch=1000", "train.batch_size=1")
+    (line,) = faults("objective={kind: sandwich}", *budget)
+    assert "holds three passes in memory, and data.max_tokens_per_batch counts one" in line
+    assert tiny("objective={kind: teacher}", *budget).objective.kind == "teacher"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from evs_train.errors import MediaError, RecipeError
 from evs_train.models import FAMILIES
-from evs_train.trainer import bucket_name, bucket_of
+from evs_train.tally import bucket_name, bucket_of
 from evs_train.uptrain import Run, Summary
 from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of
 

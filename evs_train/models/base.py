@@ -17,7 +17,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part, Positions
@@ -145,6 +145,11 @@ class Family(ABC):
         Default: `mm_encoder_outputs` beside them. A forward that knows no such argument gets `inputs_embeds`.
         """
         return {**inputs, "mm_encoder_outputs": self.encoder_outputs(features)}
+
+    def output_embeddings(self, model: Any) -> nn.Module:
+        """The layer that turns the last hidden states into logits."""
+        head: nn.Module = model.get_output_embeddings()
+        return head
 
     def score_tensor(self, features: Features) -> Tensor:
         """(num_tokens, D) tensor on which serving engines score this family. Default: the pooled embeddings."""

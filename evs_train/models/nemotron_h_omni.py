@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part
@@ -117,6 +118,9 @@ class NemotronHOmni(Family):
             }
         frames = self.config.video_temporal_patch_size
         return {"pixel_values_videos": [torch.zeros(frames, 3, side * patch, side * patch)]}
+
+    def output_embeddings(self, model: Any) -> nn.Module:
+        return super().output_embeddings(model.language_model)
 
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         if not features:

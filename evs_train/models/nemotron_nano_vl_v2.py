@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image, fromarray
-from torch import Tensor
+from torch import Tensor, nn
 
 from evs_train.config import Part, Positions
 from evs_train.data.chat import Kind, Media, MediaItem, Prepared
@@ -100,6 +100,9 @@ class NemotronNanoVLV2(Family):
 
     def blank(self, kind: Kind) -> Media:
         return {INPUTS[kind]: [torch.zeros(1, 3, self.config.force_image_size, self.config.force_image_size)]}
+
+    def output_embeddings(self, model: Any) -> nn.Module:
+        return super().output_embeddings(model.language_model)
 
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         return {"embeds": torch.cat([item[0] for _, item in features])} if features else {}  # (all retained tokens, D)

@@ -299,7 +299,8 @@ def test_kept_tokens_are_those_of_the_slow_reference(rig: Rig, rate: float) -> N
 # A run
 
 
-def test_accumulation_does_not_change_the_loss(checkpoint: Path, mixed_rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["uptrain", "teacher", "sandwich"])
+def test_accumulation_does_not_change_the_loss(kind: str, checkpoint: Path, mixed_rows: Path, tmp_path: Path) -> None:
     """Its forward averages over a micro-batch; rows of one step differ in their number of supervised tokens."""
     trust = {"model__trust_remote_code": True, "model__dtype": "bfloat16", "model__attn_implementation": "eager"}
     losses = []
@@ -308,11 +309,14 @@ def test_accumulation_does_not_change_the_loss(checkpoint: Path, mixed_rows: Pat
             "train__batch_size": size,
             "train__grad_accumulation": 4 // size,
             "train__steps": 2,
+            "objective": {"kind": kind},
             **trust,
             **STILL,
         }
         Run(recipe_of(arguments(checkpoint, mixed_rows, tmp_path / str(size), **options))).train()
-        losses.append([line["loss"] for line in metrics(tmp_path / str(size))])
+        lines = metrics(tmp_path / str(size))
+        losses.append([line[name] for line in lines for name in line if name == "loss" or name.startswith("loss/pass")])
+    assert len(losses[0]) == 2 * {"uptrain": 1, "teacher": 3, "sandwich": 4}[kind]
     assert losses[1] == pytest.approx(losses[0], rel=3e-4)
 
 
