@@ -1,5 +1,6 @@
 # make uptrain   train, export and report the demo recipe (no GPU, no download of data or weights)
 # make test      the checks below, then the test suite
+# make test-gpu  what only a GPU can show
 # make check     lint, format, types, import layers
 # make clean     remove .venv, caches and the demo's inputs; runs/ stays
 #
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help uptrain test check clean
+.PHONY: help uptrain test test-gpu check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -20,9 +21,13 @@ help:
 uptrain: $(STAMP)
 	$(BIN)/torchrun --standalone --nproc_per_node 1 launch/uptrain.py recipe=tiny
 
-# One thread per worker: two workers with all cores each are slower than one.
+# One thread per worker: two workers with all cores each are slower than one. Without a GPU, so that runs in one process
+# and in several, which the tests compare, compute on the same kind of device.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest tests/gpu
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -21,6 +21,7 @@ RATE_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _NO_VIDEO = len(RATE_BUCKETS)  # bucket of rows that have no video
 _NUM_BUCKETS = len(RATE_BUCKETS) + 1
 
+BACKENDS = ("decord", "pyav", "images")
 _COUNTS = (
     "rows",
     "shortened",
@@ -32,6 +33,7 @@ _COUNTS = (
     "supervised",
     "video_tokens_before",
     "video_tokens_after",
+    *(f"decoded/{backend}" for backend in BACKENDS),
 )
 
 
@@ -78,6 +80,7 @@ class Tally:
             "supervised": sum(plan.num_supervised),
             "video_tokens_before": plan.video_tokens_before,
             "video_tokens_after": plan.video_tokens_after,
+            **{f"decoded/{backend}": plan.decoded_by.count(backend) for backend in BACKENDS},
         }
         for name, value in seen.items():
             self._counts[name] += value

@@ -35,7 +35,7 @@ from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantin
 from evs_train.models.tuning import parameter_groups
 from evs_train.objectives import supervised_places, teacher_kl
 from evs_train.prune import EvsHook
-from evs_train.tally import Tally
+from evs_train.tally import BACKENDS, Tally
 
 
 class _AttachHook(TrainerCallback):
@@ -210,6 +210,7 @@ class UptrainTrainer(Trainer):
             "evs/supervised_tokens": sums["supervised"],
             "evs/padding": sums["padding"] / max(sums["padding"] + sums["tokens"], 1),
             "data/shortened": sums["shortened"],
+            **{f"data/decoded/{backend}": sums[f"decoded/{backend}"] for backend in BACKENDS},
             "speed/tokens_per_second": sums["tokens"] / elapsed,
             "speed/samples_per_second": sums["rows"] / elapsed,
             **{f"time/{name}": seconds for name, seconds in times.items()},
