@@ -103,7 +103,7 @@ def test_an_unpruned_student_learns_nothing_from_its_teacher(train: Callable[...
 
 
 def test_a_teacher_of_no_weight_changes_nothing(train: Callable[..., list[dict[str, Any]]]) -> None:
-    """In bfloat16: were autocast's copies of weights, made without gradient, used again, gradients would be gone."""
+    """In bfloat16: autocast's copies of weights, made without gradient, must not be used again for the student."""
     plain = train("plain", model__dtype="bfloat16")
     objective = {"kind": "teacher", "teacher_weight": 1e-6}
     for line, alone in zip(train("run", model__dtype="bfloat16", objective=objective), plain, strict=True):
