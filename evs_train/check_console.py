@@ -32,12 +32,12 @@ def show_report(report: Report, console: Console) -> None:
     console.print(_tokens_table(report))
     console.print(parts_table(report.parts))
     memory = report.memory
+    batch = "a micro-batch of the longest rows, unpruned" if report.usage is None else "a full micro-batch"
     console.print(
         f"Estimated memory per GPU with {memory.num_processes} process(es), in GiB: weights {memory.weights:.1f}, "
         f"gradients {memory.gradients:.1f}, optimizer {memory.optimizer:.1f}, and roughly {memory.activations:.1f} for "
-        f"the language model's activations on a micro-batch of the longest rows, unpruned ({memory.num_tokens:,} "
-        f"tokens); together {memory.total:.1f}. Not counted: the vision tower's activations, communication buffers, "
-        "fragmentation.",
+        f"the language model's activations on {batch} ({memory.num_tokens:,} tokens); together "
+        f"{memory.total:.1f}. Not counted: the vision tower's activations, communication buffers, fragmentation.",
         highlight=False,
     )
     console.print(f"{report.num_steps} steps of {report.step}. Index: {report.index}", soft_wrap=True)
