@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from evs_train.collate import PlannedItem
 from evs_train.config import Recipe
@@ -35,39 +35,48 @@ class ExampleCache:
     """All rows of one file, prepared.
 
     Args:
-        reader: prepares a row that is not on disk yet.
+        reader: prepares the rows, if they are not on disk yet.
         folder: where prepared rows are kept.
+        say: is told what takes long.
     """
 
-    def __init__(self, reader: RowReader, folder: Path, progress: Callable[[str], None] = print) -> None:
+    def __init__(self, reader: RowReader, folder: Path, say: Callable[[str], None] = print) -> None:
         texts = "\n".join(str(sample.messages) for sample in reader.samples)
         key = hashlib.sha256((reader.encoder.fingerprint() + texts).encode()).hexdigest()[:16]
-        file = folder / f"prepared-{key}.pt"
+        file = folder / f"{key}.pt"
         if not file.is_file():
-            progress(f"preparing {len(reader.samples)} rows")
+            say(f"preparing {len(reader.samples)} rows")
             folder.mkdir(parents=True, exist_ok=True)
-            rows = [_packed(reader.read(number)) for number in range(len(reader.samples))]
-            torch.save(rows, file.with_suffix(".tmp"))
+            torch.save(_prepared(reader), file.with_suffix(".tmp"))
             file.with_suffix(".tmp").rename(file)
-        self._rows: list[Example] = torch.load(file, weights_only=False, mmap=True)
+        # mmap: pixels are read from the file when they are needed, and processes share them.
+        self._rows, self._codes = torch.load(file, weights_only=False, mmap=True)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, number: int) -> Example:
         """The example of row `number`."""
-        row = self._rows[number]
-        return dataclasses.replace(row, media={**row.media, PIXELS: _floats(row.media[PIXELS])})
+        row: Example = self._rows[number]
+        return dataclasses.replace(row, media={**row.media, PIXELS: _floats(self._codes[number])})
 
 
-def _packed(row: Example) -> Example:
-    pixels = row.media[PIXELS]
-    codes = ((pixels * 0.5 + 0.5) * 255.0).round().to(torch.uint8)
-    return dataclasses.replace(row, media={**row.media, PIXELS: codes})
+def _prepared(reader: RowReader) -> tuple[list[Example], Tensor]:
+    """Examples without their pixels, and those as bytes, (rows, patches, values of a patch)."""
+    rows: list[Example] = []
+    codes = torch.empty(0)
+    for number in range(len(reader.samples)):
+        row = reader.read(number)
+        pixels: Tensor = row.media[PIXELS]
+        if not rows:
+            codes = torch.empty((len(reader.samples), *pixels.shape), dtype=torch.uint8)
+        codes[number] = (pixels * 127.5 + 127.5).round().to(torch.uint8)
+        rows.append(dataclasses.replace(row, media={k: v for k, v in row.media.items() if k != PIXELS}))
+    return rows, codes
 
 
 def _floats(codes: Tensor) -> Tensor:
-    """Pixels as the processor normalises them: mean and deviation .5 of a unit."""
+    """Pixels as the processor normalises them: mean and deviation are half of the range."""
     return (codes.float() - 127.5) / 127.5
 
 
@@ -120,22 +129,30 @@ def whole_units(num_units: int, tokens_per_unit: int, kept: int) -> Tensor:
 class StudyRun(Run):
     """A run that reads prepared rows, and may keep other tokens than EVS would."""
 
-    def __init__(self, recipe: Recipe, cache_folder: Path, selection: Selection = "evs") -> None:
+    trained: PreTrainedModel
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        cache_folder: Path,
+        selection: Selection = "evs",
+        say: Callable[[str], None] = print,
+    ) -> None:
         super().__init__(recipe)
         self.selection = selection
-        self.cache = ExampleCache(self.reader, cache_folder)
+        self.cache = ExampleCache(self.reader, cache_folder, say)
         plain = {f.name: getattr(self.reader, f.name) for f in dataclasses.fields(self.reader) if f.init}
         self.reader = CachedReader(**plain, cache=self.cache)
 
     def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
         trainer = super().build_trainer(args)
-        study_hook(trainer.hook, self.selection)
+        as_study_hook(trainer.hook).selection = self.selection
+        self.trained = trainer.hook.model
         return trainer
 
 
-def study_hook(hook: EvsHook, selection: Selection) -> StudyHook:
-    """Turn a hook into a `StudyHook`; the same object, since it may be registered already."""
+def as_study_hook(hook: EvsHook) -> StudyHook:
+    """Make a hook a `StudyHook`: the same object, since the trainer holds it already."""
     hook.__class__ = StudyHook
     assert isinstance(hook, StudyHook)
-    hook.selection, hook.encoded = selection, None
     return hook

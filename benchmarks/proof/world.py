@@ -31,7 +31,7 @@ CELL = 8
 NUM_UNITS = 16
 FRAMES_PER_UNIT = 2
 NUM_FRAMES = NUM_UNITS * FRAMES_PER_UNIT
-FPS = 8
+FPS = 4
 CAMERAS = ("still", "noise", "pan")
 NOISE_SIGMA = 8.0
 COLOURS = {"red": (225, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 235), "yellow": (235, 220, 40)}
@@ -174,7 +174,7 @@ def question(order: tuple[str, ...]) -> str:
 
 def parse_caption(text: str) -> dict[str, str]:
     """The facts of a caption, in its order."""
-    return dict(part.split(" ") for part in text.removesuffix(".").split(", "))  # type: ignore[misc]
+    return dict(part.split(" ") for part in text.removesuffix(".").split(", "))
 
 
 def texts() -> list[str]:
