@@ -1,6 +1,7 @@
 # make uptrain   train, export and report the demo recipe (no GPU, no download of data or weights)
 # make test      the checks below, then the test suite
 # make check     lint, format, types, import layers
+# make proof     accuracy against pruning rate, controlled: trains a base and its arms (an hour; docs/proof.md)
 # make clean     remove .venv, caches and the demo's inputs; runs/ stays
 #
 # Each target makes .venv and installs into it when it is missing or older than pyproject.toml or constraints.txt.
@@ -12,13 +13,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help uptrain test check clean
+.PHONY: help uptrain proof test check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
 
 uptrain: $(STAMP)
 	$(BIN)/torchrun --standalone --nproc_per_node 1 launch/uptrain.py recipe=tiny
+
+proof: $(STAMP)
+	$(BIN)/python -m benchmarks.proof --size $(or $(SIZE),default)
 
 # One thread per worker: two workers with all cores each are slower than one.
 test: check

@@ -54,6 +54,8 @@ NEEDS = {
     "flash": "late event", "ground": "still background",
 }  # fmt: skip
 
+QUESTION = "Describe the clip."
+
 Picture = npt.NDArray[np.uint8]
 
 
@@ -76,7 +78,7 @@ class Scene:
 
 
 def scene_of(seed: int, split: str, number: int) -> tuple[Scene, np.random.Generator]:
-    """The scene of a clip, and the generator that its noise and its caption go on with."""
+    """The scene of a clip, and the generator that its noise goes on with."""
     rng = np.random.default_rng([VERSION, seed, SPLITS.index(split), number])
     facts = {name: str(rng.choice(choices)) for name, choices in FACTS.items()}
     lane = int(rng.integers(4))
@@ -162,14 +164,13 @@ def _cross(canvas: npt.NDArray[np.float64], cell: tuple[int, int], colour: tuple
     canvas[top : top + CELL, left + 3 : left + 5] = colour
 
 
-def caption(facts: dict[str, str], order: tuple[str, ...]) -> str:
-    """What is answered: each fact by its name and its choice."""
-    return ", ".join(f"{name} {facts[name]}" for name in order) + "."
+def caption(facts: dict[str, str]) -> str:
+    """What is answered: each fact by its name and its choice, in the order of `FACTS`.
 
-
-def question(order: tuple[str, ...]) -> str:
-    """What is asked."""
-    return ", ".join(order) + "?"
+    In another order for each clip, a model must first learn to copy the order from the question: 180 steps were not
+    enough for it, and nothing else was learned meanwhile.
+    """
+    return ", ".join(f"{name} {facts[name]}" for name in FACTS) + "."
 
 
 def parse_caption(text: str) -> dict[str, str]:
@@ -179,7 +180,7 @@ def parse_caption(text: str) -> dict[str, str]:
 
 def texts() -> list[str]:
     """Everything that is ever said, so that a tokenizer knows each word as a whole."""
-    return [f"user\n{name}?, {name}, {name} {choice}, {name} {choice}." for name in FACTS for choice in FACTS[name]]
+    return [f"{QUESTION}, {name} {choice}, {name} {choice}." for name in FACTS for choice in FACTS[name]]
 
 
 def fingerprint(num_heldout: int, seed: int) -> str:
@@ -218,11 +219,7 @@ def _write_clip(folder: Path, seed: int, split: str, number: int) -> dict[str, A
     scene, rng = scene_of(seed, split, number)
     video = f"clips/{split}-{number:06d}.mp4"
     _encode(folder / video, draw(scene, rng))
-    order = tuple(str(name) for name in rng.permutation(list(FACTS)))
-    turns = [
-        {"from": "human", "value": f"<video>\n{question(order)}"},
-        {"from": "gpt", "value": caption(scene.facts, order)},
-    ]
+    turns = [{"from": "human", "value": f"<video>\n{QUESTION}"}, {"from": "gpt", "value": caption(scene.facts)}]
     return {"id": f"{split}-{scene.camera}-{number:06d}", "video": video, "conversations": turns}
 
 
