@@ -26,7 +26,7 @@ from evs_train.data.chat import Example
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import DataError
 from evs_train.models.base import Family
-from evs_train.prune import KINDS
+from evs_train.prune import KINDS, to_device
 from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
 
@@ -54,15 +54,15 @@ def answers(
     for start in range(0, len(rows), BATCH):
         examples = [rows.read(number) for number in range(start, min(start + BATCH, len(rows)))]
         slots = [slots_of(family, example, choices) for example in examples]
-        media = family.merge_media([example.media for example in examples])
+        media = to_device(family.merge_media([example.media for example in examples]), model.device)
         hook.encoded = {
             kind: family.encode(model, media, kind) if family.num_encoder_calls(media, kind) else [] for kind in KINDS
         }
         for rate in rates:
             collator = Collator(Rates(build_sampler(rate), cap=False), family.pad_token_id, lambda media: {})
-            inputs = hook.prune(collator([Examples(0, list(examples))]))
-            labels = inputs.pop("labels")
-            logits = model(**inputs, use_cache=False).logits  # (B, L', V)
+            inputs = hook.prune(to_device(collator([Examples(0, list(examples))]), model.device))
+            labels = inputs.pop("labels").cpu()
+            logits = model(**inputs, use_cache=False).logits.cpu()  # (B, L', V)
             found[f"{rate:g}"] += [_verdicts(logits[row], labels[row], slot, choices) for row, slot in enumerate(slots)]
     return found
 

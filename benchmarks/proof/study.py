@@ -101,6 +101,7 @@ class Study:
             self.say(f"{name}: scoring the base")
             recipe = self._recipe(words, output)
             model = load_weights(recipe.model, Inputs(recipe).family.config, torch.float32)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
         else:
             self.say(f"{name}, seed {seed}: {self.size.arm_steps} steps")
             words += [f"train.steps={self.size.arm_steps}", f"seed={seed}", *arm.overrides]
