@@ -61,18 +61,27 @@ def test_a_still_camera_shows_nothing_but_what_happens() -> None:
     for scene, pictures in _scenes():
         changed = {t for t in range(1, world.NUM_FRAMES) if (pictures[t] != pictures[t - 1]).any()}
         if scene.camera != "still":
-            assert len(changed) >= world.NUM_UNITS - 1
+            assert len(changed) >= world.NUM_UNITS // 2 - 1
             continue
-        moves = set(range(1, min(2 * scene.stop_unit, world.NUM_FRAMES - 1) + 1))
+        moves = {2 * (scene.move_unit + step) for step in range(scene.distance)}
+        turns = {unit * 2 for unit in range(2, scene.stop_unit + 1, 2) if unit < world.NUM_UNITS}
         switched = {2 * unit for on in (*scene.blinks, scene.flash_unit) for unit in (on, on + 1)}
-        events = moves | switched | {2 * unit for unit in scene.appear}
-        assert changed <= events
-        assert moves <= changed
+        assert changed == moves | turns | switched | {2 * unit for unit in scene.appear}
 
 
-def test_where_the_ball_is_does_not_say_where_it_goes() -> None:
-    lefts = [scene.start for scene, _ in _scenes(200) if scene.facts["motion"] == "left"]
-    assert len({start // 8 for start in lefts}) == 4
+@pytest.mark.parametrize("frame", [0, world.NUM_FRAMES - 1])
+def test_where_the_ball_is_does_not_say_where_it_goes(frame: int) -> None:
+    """Whoever sees the ball in one picture alone and guesses as well as can be is right in about half of the cases."""
+    seen: dict[tuple[int, int], list[str]] = {}
+    for number in range(4000):
+        scene, _ = world.scene_of(0, "train", number)
+        step = world.STEPS[scene.facts["motion"]]
+        moved = scene.distance if frame else 0
+        place = [scene.lane if axis == 0 else scene.start + axis * moved for axis in step]
+        assert all(0 <= cell <= 3 for cell in place)
+        seen.setdefault((place[0], place[1]), []).append(scene.facts["motion"])
+    right = sum(max(map(told.count, world.STEPS)) for told in seen.values())
+    assert right / 4000 < 0.55
 
 
 def test_no_fact_follows_from_another() -> None:
@@ -275,4 +284,5 @@ def test_intervals_are_those_of_whole_clips() -> None:
     cut = right.copy()
     cut[:, 100:] = np.nan
     part = Draws(400, 1).mean(cut).with_interval()
+    assert part["value"] == 0.5
     assert pytest.approx(part["high"] - part["low"], rel=0.1) == 2 * 1.96 * (0.25 / 100) ** 0.5

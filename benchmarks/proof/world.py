@@ -1,9 +1,10 @@
 """The proof's world: rendered clips of 32 frames, and seven independent facts about each that a caption tells.
 
-A ball goes round on a lane (over the edge and in again, so that where it is never says where it goes), a lamp blinks,
-two squares appear and stay, and near the end a cross flashes up. The facts need motion, absence of motion (`stop`: once
-the ball rests, nothing changes any more), counting, order, a late event, and two that the first picture shows. One
-camera stands still, one adds sensor noise, one pans, so that every part of the picture changes.
+A ball moves on by one to three cells at some time, a bar turns until it rests, a lamp blinks, two squares appear and
+stay, and near the end a cross flashes up. The facts need motion (where the ball begins and where it ends: neither alone
+tells), absence of motion (`stop`: once the bar rests, nothing of it changes any more), counting, order, a late event,
+and two that the first picture shows. One camera stands still, one adds sensor noise, one pans, so that every part of
+the picture changes. All that happens does so between two units: within one, nothing shows what comes.
 
 Invariant: clips and rows are a function of (VERSION, seed, split, number); training and held-out clips are drawn from
 different streams. `fingerprint` says which held-out split was written, and a folder with another one is refused.
@@ -35,7 +36,7 @@ FPS = 4
 CAMERAS = ("still", "noise", "pan")
 NOISE_SIGMA = 8.0
 COLOURS = {"red": (225, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 235), "yellow": (235, 220, 40)}
-WHITE = (250, 250, 250)
+WHITE, BLACK = (250, 250, 250), (10, 10, 10)
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # rows, columns
 SPLITS = ("train", "heldout")
 
@@ -61,12 +62,18 @@ Picture = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Scene:
-    """What happens in one clip. `facts`: the right choice of each question; the rest says where and when, in units."""
+    """What happens in one clip. `facts`: the right choice of each question; the rest says where and when, in units.
+
+    The ball begins at cell `start` of its `lane` and goes on by `distance` cells from `move_unit` on, one a unit.
+    `cells`: of lamp, first and second square, cross and bar, none of them on the lane.
+    """
 
     facts: dict[str, str]
     camera: str
     lane: int
     start: int
+    distance: int
+    move_unit: int
     stop_unit: int
     blinks: tuple[int, ...]
     second: str
@@ -84,14 +91,18 @@ def scene_of(seed: int, split: str, number: int) -> tuple[Scene, np.random.Gener
     lane = int(rng.integers(4))
     vertical = STEPS[facts["motion"]][0] != 0
     free = [(row, column) for row in range(4) for column in range(4) if (column if vertical else row) != lane]
-    cells = tuple(free[int(place)] for place in rng.choice(len(free), size=4, replace=False))
-    spans = {"early": (4, 7), "late": (9, 12), "never": (NUM_UNITS, NUM_UNITS + 1)}
+    cells = tuple(free[int(place)] for place in rng.choice(len(free), size=5, replace=False))
+    distance = int(rng.integers(1, 4))
+    ahead = int(rng.integers(0, 4 - distance))  # cells that are left in front of or behind the path
+    spans = {"early": (3, 6), "late": (8, 11), "never": (NUM_UNITS, NUM_UNITS + 1)}
     early = int(rng.integers(2, 9))
     scene = Scene(
         facts=facts,
         camera=CAMERAS[number % len(CAMERAS)],
         lane=lane,
-        start=int(rng.integers(SIDE)),
+        start=ahead if sum(STEPS[facts["motion"]]) > 0 else 3 - ahead,
+        distance=distance,
+        move_unit=int(rng.integers(1, NUM_UNITS - 4)),
         stop_unit=int(rng.integers(*spans[facts["stop"]])),
         blinks=_apart(rng, FACTS["count"].index(facts["count"]) + 1),
         second=str(rng.choice([colour for colour in COLOURS if colour != facts["first"]])),
@@ -113,12 +124,13 @@ def _apart(rng: np.random.Generator, count: int) -> tuple[int, ...]:
 def draw(scene: Scene, rng: np.random.Generator) -> Picture:
     """(NUM_FRAMES, SIDE, SIDE, 3) uint8."""
     ground, ball = _ground(scene), _ball()
-    lamp, first, second, flash = scene.cells
+    lamp, first, second, flash, bar = scene.cells
     step = STEPS[scene.facts["motion"]]
     pictures = []
     for frame in range(NUM_FRAMES):
         unit = frame // FRAMES_PER_UNIT
         canvas = ground.copy()
+        _bar(canvas, bar, upright=min(unit, scene.stop_unit) // 2 % 2 == 1)
         if unit in scene.blinks:
             _square(canvas, lamp, WHITE)
         if unit >= scene.appear[0]:
@@ -127,14 +139,11 @@ def draw(scene: Scene, rng: np.random.Generator) -> Picture:
             _square(canvas, second, COLOURS[scene.second])
         if unit == scene.flash_unit:
             _cross(canvas, flash, COLOURS[scene.facts["flash"]])
-        moved = 2 * min(frame, FRAMES_PER_UNIT * scene.stop_unit)
-        place = [CELL * scene.lane if axis == 0 else scene.start + axis * moved for axis in step]
-        rows, columns = ((place[axis] + np.arange(CELL)) % SIDE for axis in (0, 1))
-        window = canvas[np.ix_(rows, columns)]
-        window[ball] = COLOURS[scene.facts["colour"]]
-        canvas[np.ix_(rows, columns)] = window
+        moved = max(0, min(unit - scene.move_unit + 1, scene.distance))
+        top, left = (CELL * (scene.lane if axis == 0 else scene.start + axis * moved) for axis in step)
+        canvas[top : top + CELL, left : left + CELL][ball] = COLOURS[scene.facts["colour"]]
         if scene.camera == "pan":
-            canvas = np.roll(canvas, scene.pan * unit, axis=1)
+            canvas = np.roll(canvas, scene.pan * (unit // 2), axis=1)
         if scene.camera == "noise":
             canvas = canvas + rng.normal(0.0, NOISE_SIGMA, canvas.shape)
         pictures.append(canvas.round().clip(0, 255).astype(np.uint8))
@@ -156,6 +165,12 @@ def _ball() -> npt.NDArray[np.bool_]:
 def _square(canvas: npt.NDArray[np.float64], cell: tuple[int, int], colour: tuple[int, int, int]) -> None:
     top, left = CELL * cell[0] + 1, CELL * cell[1] + 1
     canvas[top : top + 6, left : left + 6] = colour
+
+
+def _bar(canvas: npt.NDArray[np.float64], cell: tuple[int, int], *, upright: bool) -> None:
+    top, left = CELL * cell[0], CELL * cell[1]
+    window = canvas[top : top + CELL, left : left + CELL]
+    (window[:, 2:6] if upright else window[2:6, :])[:] = BLACK
 
 
 def _cross(canvas: npt.NDArray[np.float64], cell: tuple[int, int], colour: tuple[int, int, int]) -> None:
