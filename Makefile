@@ -1,5 +1,6 @@
 # make uptrain   train, export and report the demo recipe (no GPU, no download of data or weights)
 # make test      the checks below, then the test suite
+# make test-gpu  what only a GPU can show
 # make check     lint, format, types, import layers
 # make proof     accuracy against pruning rate, controlled: trains a base and its arms (an hour; docs/proof.md)
 # make clean     remove .venv, caches and the demo's inputs; runs/ stays
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help uptrain proof test check clean
+.PHONY: help uptrain proof test test-gpu check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -24,9 +25,13 @@ uptrain: $(STAMP)
 proof: $(STAMP)
 	$(BIN)/python -m benchmarks.proof --size $(or $(SIZE),default)
 
-# One thread per worker: two workers with all cores each are slower than one.
+# One thread per worker: two workers with all cores each are slower than one. Without a GPU, so that runs in one process
+# and in several, which the tests compare, compute on the same kind of device.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest tests/gpu
 
 check: $(STAMP)
 	$(BIN)/ruff check

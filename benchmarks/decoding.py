@@ -53,7 +53,8 @@ def _start(file: Path) -> dict[str, float]:
 
 
 def _here(file: Path, sampling: FrameSampling) -> int:
-    return int(read_here(str(file), sampling, False, DEFAULTS, Sink()).frames.sum())
+    options = {"verify": False, "suits_decord": False, "decoding": DEFAULTS, "sink": Sink()}
+    return int(read_here(str(file), sampling, **options).frames.sum())
 
 
 def _in_child(file: Path, sampling: FrameSampling) -> int:

@@ -47,6 +47,7 @@ class Report:
         row_tokens: unpruned tokens of a row.
         tokens: for each of `RATES`, as `evs.rate`: video tokens and all tokens of all rows, once each.
         longest: ids and unpruned tokens of the longest rows.
+        backends: videos by what decodes them: decord, pyav or images; the index says which for each file.
         step, rows_per_step: what an optimizer step is, and how many rows it reads on average.
         usage: how micro-batches with a budget of tokens are used.
         labels: a row's text in pieces, each with whether it is trained on; media are one piece.
@@ -68,6 +69,7 @@ class Report:
     rows_per_step: float
     usage: Usage | None
     index: str
+    backends: dict[str, int]
 
     def as_json(self) -> dict[str, Any]:
         """A mapping for `json.dumps`."""
@@ -146,6 +148,7 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
         rows_per_step=schedule.draws_before(schedule.num_steps) / schedule.num_steps,
         usage=schedule.usage() if isinstance(schedule, BudgetBatches) else None,
         index=probed.place,
+        backends=probed.backends,
     )
 
 

@@ -60,6 +60,8 @@ def _counts_table(report: Report) -> Table:
     table = Table(show_header=False, title="data")
     for name, count in report.counts.items():
         table.add_row(name.replace("_", " "), f"{count:,}")
+    for backend, count in report.backends.items():
+        table.add_row("videos decoded by", f"{backend}: {count:,}")
     if report.seconds:
         table.add_row("hours of video", f"{report.seconds['total'] / 3600:.2f}")
     table.add_row("tokens that are trained on", f"{report.supervised_share:.1%}")

@@ -2,7 +2,8 @@
 
 `evs-train check recipe=NAME [key.sub=value ...] [processes=N] [--json] [--strict]`
 `evs-train inspect VIDEO model=CHECKPOINT [rate=0.75 or rate=[.5,.9]] [out=FILE.png, .html or .mp4] [fps=2 ...]`
-`evs-train export run=runs/tiny [rate=0.75] [out=DIR]`
+`evs-train eval model=CHECKPOINT data=ROWS [rates=[0,0.5,0.75]] [out=DIR] [key=value ...]`
+`evs-train export run=runs/tiny [rate=0.75|recommended] [out=DIR]`
 """
 
 from __future__ import annotations
@@ -50,11 +51,18 @@ def check(words: Sequence[str]) -> int:
 
 
 def export(words: Sequence[str]) -> int:
-    """Write the checkpoint of a finished run: run=FOLDER, and optionally rate=Q and out=DIR."""
+    """Write the checkpoint of a finished run: run=FOLDER, and optionally rate=Q and out=DIR.
+
+    `rate=recommended` takes the rate that the run's evaluation recommends; eval=DIR names its folder.
+    """
     from evs_train.export import export_run  # noqa: PLC0415 (torch is imported only by the commands that need it)
 
     arguments = _pairs(words)
-    _check_keys(arguments, required=("run",), optional=("rate", "out"))
+    _check_keys(arguments, required=("run",), optional=("rate", "out", "eval"))
+    if arguments.get("rate") == "recommended":
+        from evs_train.evaluate.report import recommended_rate  # noqa: PLC0415
+
+        arguments["rate"] = str(recommended_rate(arguments["run"], arguments.get("eval")))
     try:
         rate = float(arguments["rate"]) if "rate" in arguments else None
     except ValueError as error:
@@ -64,6 +72,17 @@ def export(words: Sequence[str]) -> int:
     for line in done.serving:
         print(f"\n# {line.engine} (reads: {line.reads}). {line.note}\n{line.command}")
     return 0
+
+
+def evaluation(words: Sequence[str]) -> int:
+    """Ask a model questions at several pruning rates; the keys are those of `evaluate/options.py`."""
+    from evs_train.evaluate.options import parse_options  # noqa: PLC0415 (bad options are answered first)
+
+    options = parse_options(words)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from evs_train.evaluate.command import run  # noqa: PLC0415
+
+    return run(options)
 
 
 def inspect(words: Sequence[str]) -> int:
@@ -84,7 +103,12 @@ def inspect(words: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"check": check, "inspect": inspect, "export": export}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "check": check,
+    "inspect": inspect,
+    "eval": evaluation,
+    "export": export,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

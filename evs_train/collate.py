@@ -52,6 +52,7 @@ class BatchPlan:
         shape: of the pruned batch: (rows, longest length), or (1, sum of lengths) when its rows are packed.
         num_supervised: supervised tokens of each row.
         bad: for each row, the samples that its draw met before and could not read.
+        decoded_by: what decoded each video (see `Clip.backend`).
     """
 
     draws: tuple[int, ...]
@@ -64,6 +65,7 @@ class BatchPlan:
     shape: tuple[int, int]
     num_supervised: tuple[int, ...]
     bad: tuple[tuple[BadSample, ...], ...]
+    decoded_by: tuple[str, ...] = ()
 
     @property
     def packed(self) -> bool:
@@ -173,6 +175,7 @@ class Collator:
             shape=(1, sum(lengths)) if self.packing else (len(rows), max(lengths)),
             num_supervised=tuple(int((row.labels != IGNORE_INDEX).sum()) for row in rows),
             bad=tuple(row.bad for row in rows),
+            decoded_by=tuple(backend for row in rows for backend in row.decoded_by),
         )
 
 

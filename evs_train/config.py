@@ -19,6 +19,8 @@ PARTS: tuple[Part, ...] = get_args(Part)
 Positions = Literal["preserve", "sequential", "engine"]
 """Of retained tokens: those of the unpruned video; 0, 1, 2, ... without gaps; those that a serving engine gives."""
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Layout = Literal["rows", "videomme", "mvbench", "tempcompass", "longvideobench", "mlvu", "egoschema"]
+"""Of questions (docs/eval.md): files of rows, or the folder of a published benchmark."""
 RowFormatName = Literal["auto", "qwen", "llava_video", "swift", "openai", "videochat2", "caption"]
 """Formats of rows (`data/formats.py`); auto recognises each row by its keys."""
 
@@ -254,6 +256,29 @@ class TrackingSection(Section):
     tags: list[str] = Field([], description="W&B tags")
 
 
+class EvalSection(Section):
+    """Accuracy against pruning rate while training: a small curve every so many steps (docs/eval.md)."""
+
+    every: int | None = Field(None, ge=1, description="steps between curves; one more before training; null: none")
+    data: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [], description="files of rows with questions, or with `layout` the folder of a benchmark"
+    )
+    layout: Layout = Field("rows", description="whose layout the folder has")
+    rates: list[Rate] = Field([0.0, 0.5, 0.75, 0.9], min_length=1, description="pruning rates")
+    limit: int | None = Field(100, ge=1, description="only the first so many questions; null: all")
+    choices: Literal["letters", "texts"] = Field(
+        "letters", description="of rows with options: list them and choose a letter, or choose between their texts"
+    )
+    match: Literal["exact", "contains"] = Field("exact", description="when a free answer counts as right")
+    max_new_tokens: int = Field(32, ge=1, description="longest free answer")
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> EvalSection:
+        if self.every is not None and not self.data:
+            raise ValueError("every needs data: the questions that are asked")
+        return self
+
+
 class ExportSection(Section):
     """The checkpoint written when training ends."""
 
@@ -276,6 +301,7 @@ class Recipe(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     deepspeed: str | None = Field(None, description="zero2, zero3 or the path of a DeepSpeed JSON file")
     tracking: TrackingSection = Field(default_factory=TrackingSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
     export: ExportSection = Field(default_factory=ExportSection)
     demo: DemoSection | None = None
     dry_run: bool = Field(False, description="print the resolved recipe, what is trained and the first batches; stop")

@@ -68,6 +68,10 @@ class ModelError(EvsTrainError):
     """A checkpoint cannot be used: unsupported architecture, missing files, tensor names that differ."""
 
 
+class ServerError(EvsTrainError):
+    """A model server cannot be reached, refuses a request, or answers in another form than OpenAI's."""
+
+
 def report(error: EvsTrainError) -> int:
     """Print `error` for a person on stderr and return the exit code of the process."""
     print(f"error: {error.message}", file=sys.stderr)

@@ -28,18 +28,21 @@ from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.collate import Collator
 from evs_train.config import DataSection, EvsSection, ModelSection, Positions
 from evs_train.data.batches import Examples
-from evs_train.data.chat import Example, build_prompt
+from evs_train.data.chat import Example, Kind, Media, build_prompt
 from evs_train.data.decoding import Decoding
 from evs_train.data.manifest import read_prompt
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.video import decoding_options, frame_sampling, read_image, read_video
 from evs_train.errors import RecipeError
-from evs_train.models.base import Family
+from evs_train.models.base import Family, Features
 from evs_train.models.loading import load_encoder, load_family, load_weights
-from evs_train.prune import EvsHook, to_device
+from evs_train.prune import KINDS, EvsHook, to_device
 from evs_train.rates import Rates
 from evs_train.recipe import parse_recipe
 from evs_train.samplers import build_sampler
+
+Encoded = dict[Kind, list[Features]]
+"""Features of all images and all videos of a prompt, each in its order."""
 
 
 @dataclass
@@ -92,11 +95,7 @@ class PrunedModel:
         section = ModelSection(path=str(checkpoint), dtype=dtype, **model)
         if section.attn_implementation == "flash_attention_2":
             raise RecipeError("flash_attention_2 does not generate from pruned video", "use sdpa")
-        evs, trained_on = _trained_with(Path(checkpoint))
-        given = dict(data or {})
-        if {"fps", "num_frames"} & given.keys():  # one unsets the other
-            trained_on = {key: value for key, value in trained_on.items() if key not in ("fps", "num_frames")}
-        options = DataSection(rows=["none"], **{**trained_on, **given})
+        evs, options = settings_of(checkpoint, data)
         family = load_family(section, options, positions or evs.positions)
         trained_rate = float(family.config.to_dict().get("video_pruning_rate") or 0.0)
         plain = (load_encoder if encoder_only else load_weights)(section, family.config, getattr(torch, dtype))
@@ -131,27 +130,48 @@ class PrunedModel:
         images = [read_image(path, decoding=self.decoding) for path in sample.images]
         return build_prompt(sample, clips, images, self.family, template_kwargs=self.template_kwargs)
 
-    @torch.inference_mode()
     def inputs(self, prompt: Example, pruning_rate: float) -> dict[str, Any]:
         """Arguments of the model's forward for one prompt, its videos encoded and pruned; all rows of shape (1, K)."""
+        return self.inputs_of_rows([prompt], pruning_rate, self.encode(prompt))
+
+    @torch.no_grad()  # not inference_mode: under ZeRO-3 weights that are gathered in it could not be trained afterwards
+    def encode(self, prompt: Example) -> Encoded:
+        """What the encoder says of the media of one prompt. It does not depend on the rate."""
+        media = to_device(prompt.media, self.model.device)
+        return {
+            kind: self.family.encode(self.model, media, kind) if self.family.num_encoder_calls(media, kind) else []
+            for kind in KINDS
+        }
+
+    @torch.no_grad()
+    def inputs_of_rows(self, rows: Sequence[Example], pruning_rate: float, encoded: Encoded) -> dict[str, Any]:
+        """Arguments of the model's forward for rows that show the same media, padded on the right, pruned alike.
+
+        Args:
+            rows: examples with the media that `encoded` comes from.
+            pruning_rate: 0 <= rate < 1, not capped.
+            encoded: of `encode`; each row gets it.
+        """
         collator = Collator(
             rates=Rates(build_sampler(pruning_rate), cap=False),
             pad_token_id=self.family.pad_token_id,
-            merge_media=self.family.merge_media,
+            merge_media=lambda media: {},
             sequential=self.family.positions == "sequential",
         )
-        hook = EvsHook(self.family, self.model, engine_score=self.engine_score, float32_score=self.float32_score)
-        pruned = hook.prune(to_device(collator([Examples(0, [prompt])]), self.model.device))
+        hook = _Encoded(self.family, self.model, engine_score=self.engine_score, float32_score=self.float32_score)
+        hook.encoded = {kind: features * len(rows) for kind, features in encoded.items()}
+        pruned = hook.prune(to_device(collator([Examples(0, list(rows))]), self.model.device))
         del pruned["labels"]
         return pruned
 
-    @torch.inference_mode()
-    def generate(self, prompt: Example, pruning_rate: float, **options: Any) -> Tensor:
+    @torch.no_grad()
+    def generate(self, prompt: Example, pruning_rate: float, encoded: Encoded | None = None, **options: Any) -> Tensor:
         """Continue one prompt whose videos are pruned.
 
         Args:
             prompt: of `prompt`, or any example; its labels are not looked at.
             pruning_rate: 0 <= rate < 1, applied as serving does: not capped for short videos.
+            encoded: of `encode`, if it was called before.
             options: those of transformers' `generate`, such as `max_new_tokens`; greedy unless `do_sample=True`.
 
         Returns:
@@ -160,15 +180,34 @@ class PrunedModel:
         Raises:
             RecipeError: the rate is out of range.
         """
-        pruned = self.inputs(prompt, pruning_rate)
+        pruned = self.inputs_of_rows([prompt], pruning_rate, encoded or self.encode(prompt))
         out = self.model.generate(**pruned, **{"do_sample": False, "use_cache": True, **options})
         new: Tensor = out[0, pruned["input_ids"].shape[1] :]
         return new
 
 
+@dataclass
+class _Encoded(EvsHook):
+    """A hook that is given what the encoder said, instead of running it."""
+
+    encoded: Encoded = field(default_factory=dict)
+
+    def _encode(self, media: Media, training: bool) -> tuple[Encoded, list[tuple[Kind, Features]]]:
+        return self.encoded, []
+
+
 _SAMPLING = (
     "fps", "num_frames", "min_frames", "max_frames", "video_kwargs", "image_kwargs", "template_kwargs",
 )  # fmt: skip
+
+
+def settings_of(checkpoint: str | Path, data: Mapping[str, Any] | None = None) -> tuple[EvsSection, DataSection]:
+    """How a checkpoint is pruned and how its videos are sampled, as `PrunedModel.load` takes it. Reads no weights."""
+    evs, trained_on = _trained_with(Path(checkpoint))
+    given = dict(data or {})
+    if {"fps", "num_frames"} & given.keys():  # one unsets the other
+        trained_on = {key: value for key, value in trained_on.items() if key not in ("fps", "num_frames")}
+    return evs, DataSection(rows=["none"], **{**trained_on, **given})
 
 
 def _trained_with(checkpoint: Path) -> tuple[EvsSection, dict[str, Any]]:

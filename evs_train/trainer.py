@@ -41,6 +41,7 @@ RATE_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _NO_VIDEO = len(RATE_BUCKETS)  # bucket of rows that have no video
 _NUM_BUCKETS = len(RATE_BUCKETS) + 1
 
+BACKENDS = ("decord", "pyav", "images")
 _COUNTS = (
     "rows",
     "shortened",
@@ -52,6 +53,7 @@ _COUNTS = (
     "supervised",
     "video_tokens_before",
     "video_tokens_after",
+    *(f"decoded/{backend}" for backend in BACKENDS),
 )
 
 
@@ -92,6 +94,7 @@ class Tally:
             "supervised": sum(plan.num_supervised),
             "video_tokens_before": plan.video_tokens_before,
             "video_tokens_after": plan.video_tokens_after,
+            **{f"decoded/{backend}": plan.decoded_by.count(backend) for backend in BACKENDS},
         }
         for name, value in seen.items():
             self._counts[name] += value
@@ -262,6 +265,7 @@ class UptrainTrainer(Trainer):
             "evs/supervised_tokens": sums["supervised"],
             "evs/padding": sums["padding"] / max(sums["padding"] + sums["tokens"], 1),
             "data/shortened": sums["shortened"],
+            **{f"data/decoded/{backend}": sums[f"decoded/{backend}"] for backend in BACKENDS},
             "speed/tokens_per_second": sums["tokens"] / elapsed,
             "speed/samples_per_second": sums["rows"] / elapsed,
             **{f"time/{name}": seconds for name, seconds in times.items()},

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, ProgressCallback, TrainingArguments, set_seed
@@ -25,9 +26,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from evs_train import samplers
 from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb, prepare_wandb
 from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
+from evs_train.config import Recipe
 from evs_train.data import manifest
+from evs_train.data.lengths import Progress, unwatched
 from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
 from evs_train.errors import RecipeError
+from evs_train.evaluate.live import LiveCurve, questions_of
 from evs_train.inputs import Inputs, deepspeed_file
 from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
@@ -60,6 +64,10 @@ class Summary:
 class Run(Inputs):
     """A run whose inputs are read and checked; `train` loads the weights and trains."""
 
+    def __init__(self, recipe: Recipe, world_size: int | None = None, watched: Progress = unwatched) -> None:
+        super().__init__(recipe, world_size, watched)
+        self.questions = questions_of(recipe)
+
     def load_model(self) -> nn.Module:
         """The model as it will be trained: weights loaded, parts frozen, adapters added."""
         recipe = self.recipe
@@ -90,6 +98,8 @@ class Run(Inputs):
             # On a CPU it would compile collectives over shared memory first: a minute, and a compiler. gloo has them.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        if args.world_size > 1:
+            self._agree()
         trainer = self.build_trainer(args)
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressLine)
@@ -114,6 +124,20 @@ class Run(Inputs):
             quarantined=dict(trainer.quarantine.reasons.most_common()),
         )
 
+    def _agree(self) -> None:
+        """All processes read the same rows by the same plan, or they would wait for one another for ever.
+
+        A file that one of them could not read while it planned is enough to make them differ.
+        """
+        plan = f"{len(self.samples)} rows, {self.schedule.num_steps} steps of {self.schedule.describe()}"
+        plans = gather_object([plan])
+        if len(set(plans)) > 1:
+            of_ranks = "; ".join(f"process {rank}: {one}" for rank, one in enumerate(plans))
+            raise RecipeError(
+                f"the processes planned different runs: {of_ranks}",
+                "all must see the same files; evs-train check writes an index that all of them then read",
+            )
+
     def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
         """The model with its hook in the trainer that will train it."""
         recipe, output = self.recipe, Path(self.recipe.output_dir)
@@ -127,7 +151,7 @@ class Run(Inputs):
             encoder_trains=encoder_trains(model, self.family),
             equal_calls=is_deepspeed_zero3_enabled(),
         )
-        return UptrainTrainer(
+        trainer = UptrainTrainer(
             hook=hook,
             optim=recipe.optim,
             quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.schedule.draws_before),
@@ -141,6 +165,9 @@ class Run(Inputs):
                 RecipeToWandb(recipe.model_dump()),
             ],
         )
+        if self.questions:
+            trainer.add_callback(LiveCurve(recipe, self.family, self.questions, trainer.log, hook.autocast))
+        return trainer
 
     def _training_arguments(self) -> TrainingArguments:
         recipe, train, optim = self.recipe, self.recipe.train, self.recipe.optim

@@ -129,6 +129,8 @@ def test_counts_and_percentiles(recipe: Callable[..., Recipe]) -> None:
         "rows": 5, "rows_with_video": 3, "rows_with_images_only": 1, "rows_of_text": 1, "rows_refused": 0,
         "videos": 4, "images": 1, "media_read": 5,
     }  # fmt: skip
+    assert report.backends == {"decord": 4}
+    assert report.as_json()["backends"] == report.backends
     assert report.seconds["100"] == 18 / 8
     assert report.resolutions["100"] == [96, 64]
     assert report.row_tokens["100"] == report.longest[0][1] == max(count for _, count in report.longest)

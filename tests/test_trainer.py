@@ -44,6 +44,8 @@ def test_metrics_say_what_was_pruned(train: Callable[..., tuple[Path, Summary]])
         assert line["speed/tokens_per_second"] > 0
         assert line["speed/samples_per_second"] > 0
         assert line["memory/peak_gib"] > 0
+        assert line["data/decoded/decord"] > 0
+        assert line["data/decoded/pyav"] == line["data/decoded/images"] == 0
         assert line["lr/vision"] != line["lr/language_model"] or line["step"] == 6
         assert all(line[f"time/{name}"] >= 0 for name in ("data", "encoder", "pruning", "rest"))
     assert summary.steps == 6

@@ -7,8 +7,8 @@ same time are alike.
 
 Invariant: no micro-batch has more tokens than the budget, padding included. A row that alone has more is shown with
 fewer frames (`lengths.PlannedRow.levels`), or not at all; nothing is cut. The plan is a pure function of the rows'
-lengths, the order of draws, the rates and the number of processes. Cost: see benchmarks/batches.py: some ten
-microseconds for each draw, at the start, in every process; 21 bytes for each draw and the lengths of all rows.
+lengths, the order of draws, the rates and the number of processes. Cost: about 0.1 ms for each draw, at the start, in
+every process (benchmarks/batches.py); 20 bytes for each draw, and the lengths of all rows.
 """
 
 from __future__ import annotations
@@ -201,16 +201,17 @@ class BudgetBatches:
         first, *others = candidates
         if not self.budget.packing:
             others.sort(key=lambda one: (abs(one.num_tokens - first.num_tokens), one.draw))
-        batch, total, longest, media = [first], first.num_tokens, first.num_tokens, first.length.num_media_tokens
+        most_media = self.budget.media_tokens
+        batch, total, longest = [first], first.num_tokens, first.num_tokens
         for one in others:
-            total, longest = total + one.num_tokens, max(longest, one.num_tokens)
-            media += one.length.num_media_tokens
-            size = total if self.budget.packing else (len(batch) + 1) * longest
-            if size <= self.budget.tokens and (self.budget.media_tokens is None or media <= self.budget.media_tokens):
+            size = total + one.num_tokens if self.budget.packing else (len(batch) + 1) * max(longest, one.num_tokens)
+            fits = size <= self.budget.tokens
+            if fits and most_media is not None:
+                fits = sum(of.length.num_media_tokens for of in (*batch, one)) <= most_media
+            if fits:
                 batch.append(one)
-            elif self.budget.packing:
-                total, media = total - one.num_tokens, media - one.length.num_media_tokens
-            else:
+                total, longest = total + one.num_tokens, max(longest, one.num_tokens)
+            elif not self.budget.packing:
                 break  # the next ones are less alike still
         taken.update(one.draw for one in batch)
         return batch
@@ -245,9 +246,9 @@ class BudgetBatches:
         row = self.rows[number]
         if isinstance(row, Refused):
             return Fault(row.message, row.hint, row.reason)
-        num_tokens = 0
+        num_tokens, index = 0, draw if self.rates.per_sample else 0  # one rate for all rows of a step is drawn once
         for level, length in enumerate(row.levels if self.budget.lose_frames else row.levels[:1]):
-            num_tokens = length.retained_tokens(lambda units: self._rate(draw, step, units))
+            num_tokens = length.retained_tokens(lambda units: self._rate(index, step, units))
             if num_tokens <= most:
                 return level, length, num_tokens
         return Fault(

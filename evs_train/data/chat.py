@@ -93,6 +93,7 @@ class Example:
         draw: place in the global order of the run (see `order.py`).
         share: of the sampled frames that are here; less than 1 where a token budget demanded it (`schedule.py`).
         bad: the samples that this draw met before, and could not read (see `quarantine.py`).
+        decoded_by: what decoded each video (see `Clip.backend`).
     """
 
     sample_id: str
@@ -106,6 +107,7 @@ class Example:
     draw: int = 0
     share: float = 1.0
     bad: tuple[BadSample, ...] = ()
+    decoded_by: tuple[str, ...] = ()
 
 
 def build_example(
@@ -146,7 +148,8 @@ def build_example(
     if bool((labels[prepared.media_mask] != IGNORE_INDEX).any()):
         raise DataError(f"{sample.source}: an answer contains media", "media belong in the user's turns")
     example = _example(sample, prepared, encoder, labels)
-    return dataclasses.replace(example, frames=_thumbnails(clips, prepared.items)) if keep_frames else example
+    frames = _thumbnails(clips, prepared.items) if keep_frames else ()
+    return dataclasses.replace(example, frames=frames, decoded_by=tuple(clip.backend for clip in clips))
 
 
 def build_prompt(

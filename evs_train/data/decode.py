@@ -8,13 +8,15 @@ both (`check_video`); anything but a clean pass is a `MediaError`. What cannot b
 that was cut off (its header does not tell the length of the video alone), and a last second that is missing.
 
 Cost: the check is one more decode of the file, once per file and process (remembered by path, size and change time);
-10 s of 480x270 H.264 take about 0.06 s of one core for each of the two. A member of a shard is read into memory.
+10 s of 480x270 H.264 take about 0.06 s of one core for each of the two. A file that decord is known to read rightly
+(`suits_decord`, from the index) is not looked through at all. A member of a shard is read into memory.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -42,19 +44,28 @@ _MOST_SECONDS = 1e9
 
 class Examined(NamedTuple):
     """What a look through a video found: how many frames were decoded, the mean of their times from the first one on
-    (None where none were decoded), and whether decord can seek in it.
+    (None where none were decoded), whether decord can seek in it, its codec, and how far its first frame asks to be
+    turned (degrees; None where it was not decoded).
     """
 
     num_frames: int | None
     mean_start: float | None
     is_closed: bool
+    codec: str | None = None
+    rotation: int | None = None
+
+
+_SUITS_DECORD = Examined(None, None, is_closed=True)
+"""Stands for a look through a file that decord is known to read rightly."""
 
 
 class _UnsuitedError(Exception):
     """decord cannot read a file, which says nothing of the file yet."""
 
 
-def read_video(source: Source, sampling: FrameSampling, verify: bool, decoding: Decoding, sink: Sink) -> Decoded:
+def read_video(
+    source: Source, sampling: FrameSampling, *, verify: bool, suits_decord: bool, decoding: Decoding, sink: Sink
+) -> Decoded:
     """Decode one video; see `video.read_video`, which has this done in the child.
 
     Raises:
@@ -70,7 +81,13 @@ def read_video(source: Source, sampling: FrameSampling, verify: bool, decoding: 
             source, paths, decoding.frames_fps, sampling, verify=verify, decoding=decoding, sink=sink
         )
     file = locate(source, "video")
-    examined = _examined(file, verify, decoding, sink)
+    trusted = suits_decord and not verify and decoding.backend != "pyav"
+    examined = _SUITS_DECORD if trusted else _examined(file, verify, decoding, sink)
+    decoded = _by_either(file, sampling, examined, decoding, sink)
+    return replace(decoded, codec=examined.codec, rotation=examined.rotation)
+
+
+def _by_either(file: MediaFile, sampling: FrameSampling, examined: Examined, decoding: Decoding, sink: Sink) -> Decoded:
     if decoding.backend == "pyav":
         return by_pyav(file, sampling, examined.num_frames, decoding, sink)
     try:
@@ -115,10 +132,16 @@ def _by_decord(file: MediaFile, sampling: FrameSampling, examined: Examined, dec
         duration = float(spans[-1, 1] - spans[0, 0])
         check_length(file.name, duration, len(starts), decoding)
         indices = sample_indices(starts, sampling)
-        frames = sink.gather((_rgb(reader[index].asnumpy()) for index in indices), len(indices))
+        frames = sink.gather((_fetched(file, reader, index, decoding) for index in indices), len(indices))
     except (decord.DECORDError, RuntimeError, IndexError, StopIteration, AssertionError) as error:
         raise _UnsuitedError((str(error).strip() or "no reason given").splitlines()[0]) from error
     return Decoded(frames, indices, fps, starts[indices].tolist(), len(starts), duration, "decord")
+
+
+def _fetched(file: MediaFile, reader: decord.VideoReader, index: int, decoding: Decoding) -> Pixels:
+    frame = _rgb(reader[index].asnumpy())
+    check_pixels(file.name, frame.shape[1], frame.shape[0], decoding)  # its header may not have been looked at
+    return frame
 
 
 def _rgb(raw: Pixels) -> Pixels:
@@ -136,10 +159,12 @@ def _rgb(raw: Pixels) -> Pixels:
 def _examined(file: MediaFile, verify: bool, decoding: Decoding, sink: Sink) -> Examined:
     """Hold a video's header against the limits and look through its packets; with `verify`, decode all of them."""
     name, num_frames, first, start, end, longest, total = file.name, 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    rotation = None
     times, keys = list[float](), list[int]()  # of the packets, in the order of the file; which of them are key frames
     try:
         with open_video(file) as container:
             stream = video_stream(container, file)
+            codec = stream.codec_context.name
             check_pixels(name, stream.width, stream.height, decoding)
             declared = _declared_seconds(container, stream)
             check_length(name, declared, stream.frames, decoding)
@@ -151,6 +176,7 @@ def _examined(file: MediaFile, verify: bool, decoding: Decoding, sink: Sink) -> 
                     if frame.is_corrupt:
                         reason = damage_of(file, is_video=True)
                         raise MediaError(f"{name}: damaged video: frame {num_frames} is corrupt", REENCODE, reason)
+                    rotation = int(frame.rotation) if rotation is None else rotation
                     if frame.time is not None:
                         first = frame.time if num_frames == 0 else first
                         longest = max(longest, frame.time - start)
@@ -162,14 +188,14 @@ def _examined(file: MediaFile, verify: bool, decoding: Decoding, sink: Sink) -> 
     except DECODE_ERRORS as error:
         raise failure(file, num_frames, error) from error
     if not verify:
-        return Examined(None, None, _is_closed(times, keys))
+        return Examined(None, None, _is_closed(times, keys), codec)
     if num_frames == 0:
         raise MediaError(f"{name}: holds no video frame", REENCODE, "no frames")
     # A header may count the last frame as longer than it is shown; two of the longest frames are allowed for that.
     if declared - end > max(1.0, 0.05 * declared, 2 * longest):
         lengths = f"the header says {declared:.1f} s of video, {end:.1f} s are there"
         raise MediaError(f"{name}: cut off: {lengths}", REENCODE, "truncated")
-    return Examined(num_frames, total / num_frames, _is_closed(times, keys))
+    return Examined(num_frames, total / num_frames, _is_closed(times, keys), codec, rotation)
 
 
 def _is_closed(times: list[float], keys: list[int]) -> bool:

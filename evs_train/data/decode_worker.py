@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from evs_train.data.decoded import Pixels, Sink
-from evs_train.data.decoding import KEPT_BYTES, Decoding
+from evs_train.data.decoding import DEFAULTS, KEPT_BYTES, Decoding
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.sources import FrameList, Source, name_of
 from evs_train.errors import MediaError
@@ -46,6 +46,7 @@ class Worker:
         self._shared: mmap.mmap | None = None  # where pixels go
         self._unsent: int | None = None  # its descriptor, until the parent has it
         self._reported = 0.0
+        self._decoding = DEFAULTS
         self._sink = Sink(self._allocate, self._progress)
         self._own = _address_space()
 
@@ -56,11 +57,19 @@ class Worker:
             while length := requests.read(8):
                 request = _exactly(requests, int.from_bytes(length, "little"))
                 source, decoding, *rest = pickle.loads(request)  # noqa: S301 (our parent's)
+                if decoding != self._decoding:  # what is remembered of a file holds it: one object for all files
+                    self._decoding = decoding
+                decoding = self._decoding
                 facts = self.answer(source, decoding, *rest)
                 self._reply({**facts, "grown": self._has_grown(decoding)})
 
     def answer(
-        self, source: Source, decoding: Decoding, sampling: FrameSampling | None = None, verify: bool = True
+        self,
+        source: Source,
+        decoding: Decoding,
+        sampling: FrameSampling | None = None,
+        verify: bool = True,
+        suits_decord: bool = False,
     ) -> dict[str, Any]:
         """Decode a video, or an image where no `sampling` is given; what is known of it, or its error."""
         name = name_of(source)
@@ -72,7 +81,9 @@ class Worker:
                 pixels = self._read_image(source, decoding)
                 self._allocate(pixels.shape)[:] = pixels
                 return {"shape": pixels.shape}
-            decoded = self._read_video(source, sampling, verify, decoding, self._sink)
+            decoded = self._read_video(
+                source, sampling, verify=verify, suits_decord=suits_decord, decoding=decoding, sink=self._sink
+            )
             facts = {name: value for name, value in vars(decoded).items() if name != "frames"}
             return {**facts, "shape": decoded.frames.shape}
         except MediaError as error:

@@ -58,6 +58,8 @@ class Decoded:
     total_frames: int
     duration: float
     backend: str
+    codec: str | None = None
+    rotation: int | None = None
 
 
 def check_pixels(name: str, width: int, height: int, decoding: Decoding) -> None:

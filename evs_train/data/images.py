@@ -81,7 +81,7 @@ def read_frames(
     starts = np.arange(len(paths), dtype=np.float64) / fps
     indices = sample_indices(starts, sampling)
     pixels = sink.gather(_same_size([paths[index] for index in indices], decoding), len(indices))
-    return Decoded(pixels, indices, fps, starts[indices].tolist(), len(paths), len(paths) / fps, "images")
+    return Decoded(pixels, indices, fps, starts[indices].tolist(), len(paths), len(paths) / fps, "images", "frames", 0)
 
 
 def frames_in(folder: str) -> list[str]:

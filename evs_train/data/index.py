@@ -2,7 +2,8 @@
 
 An entry belongs to one state of a file (size and change time); a file that changed is unknown again. Training reads the
 index and never writes it: a video that was found good is not decoded from end to end again, and one that was found bad
-is refused without decoding. So a read-only folder or a missing index costs time and nothing else.
+is refused without decoding. Each entry says what decoded the video (`backend`): one that decord read rightly is not
+looked through again to find out. So a read-only folder or a missing index costs time and nothing else.
 
 Invariant: `probe` reads a medium as training does (`read_video`, `read_image`), so its verdict is training's; faults
 that may pass (a timeout, a file system that is away) are not kept. The file is replaced whole, so readers see the old
@@ -14,14 +15,13 @@ same time, the last one's entries stay.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-import av
 import numpy as np
 import pyarrow
 from pyarrow import feather
@@ -30,14 +30,14 @@ from torch.utils.data import DataLoader, Dataset
 from evs_train.config import DataSection
 from evs_train.data.decoding import DEFAULTS, Decoding
 from evs_train.data.sampling import FrameSampling
-from evs_train.data.sources import FrameList, Source, TarMember, name_of, read_bytes
+from evs_train.data.sources import FrameList, Source, TarMember, name_of
 from evs_train.data.video import Clip, read_image, read_video
 from evs_train.errors import DataError, MediaError, Reason
 
-VERSION = "1"
+VERSION = "2"
 PASSING: frozenset[Reason] = frozenset({"missing", "no permission", "timeout", "crash", "out of memory"})
 """Reasons that may be gone the next time; a file is probed again."""
-_FIRST_COLUMNS = ("key", "size", "mtime_ns", "message", "hint", "reason")
+_FIRST_COLUMNS = ("key", "size", "mtime_ns", "message", "hint", "reason", "backend")
 
 Kind = Literal["video", "image"]
 Item = TypeVar("Item")
@@ -89,12 +89,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class Entry:
-    """One medium in one state. `facts` and `fault` exclude each other; both are None where facts were not read."""
+    """One medium in one state. `facts` and `fault` exclude each other; both are None where facts were not read.
+
+    `backend`: what decoded a good video (see `Clip`).
+    """
 
     size: int
     mtime_ns: int
     facts: Facts | None = None
     fault: Fault | None = None
+    backend: str | None = None
 
 
 @dataclass
@@ -171,18 +175,24 @@ def state_of(source: Source) -> tuple[int, int] | None:
 
 
 def probe(
-    kind: Kind, source: Source, sampling: FrameSampling, *, verify: bool = True, decoding: Decoding = DEFAULTS
+    kind: Kind, source: Source, sampling: FrameSampling, *, known: Facts | None = None, decoding: Decoding = DEFAULTS
 ) -> Entry | MediaError:
-    """Read a medium as training would. An error that may pass comes back as it is, since it makes no entry."""
-    state = state_of(source)
+    """Read a medium as training would. An error that may pass comes back as it is, since it makes no entry.
+
+    `known`: of a video in this state that was sampled otherwise; it is not checked from end to end again.
+    """
+    state, backend = state_of(source), None
     try:
         if kind == "image":
             width, height = read_image(source, decoding=decoding).size  # type: ignore[arg-type]
             facts = Facts("image", width, height, codec=Path(name_of(source)).suffix.lower().lstrip("."))
         else:
-            clip = read_video(source, sampling, verify=verify, decoding=decoding)
+            clip = read_video(source, sampling, verify=known is None, decoding=decoding)
             height, width = clip.frames.shape[1:3]
-            codec, rotation = _codec(source)
+            backend, codec = clip.backend, clip.codec
+            rotation = clip.rotation if known is None else known.rotation
+            assert codec is not None
+            assert rotation is not None
             facts = Facts(
                 "video", width, height, codec, clip.total_frames, clip.fps, clip.duration, rotation, str(sampling),
                 tuple(clip.frame_indices), tuple(clip.timestamps.tolist()),
@@ -191,7 +201,7 @@ def probe(
         fault = Fault(error.message, error.hint, error.reason)
         return error.with_traceback(None) if error.reason in PASSING or state is None else Entry(*state, fault=fault)
     assert state is not None, f"{name_of(source)} could be read but not found"
-    return Entry(*state, facts)
+    return Entry(*state, facts, backend=backend)
 
 
 def unknown(
@@ -219,8 +229,9 @@ def probe_all(
     decoding: Decoding = DEFAULTS,
 ) -> Iterator[tuple[Source, MediaError | None]]:
     """Probe what `unknown` says, into `index`; yields each medium when it is done, with an error that may pass."""
+    known = {source: None if verify else index.entries[key_of(source)].facts for _, source, verify in todo}
     for number, found in parallel(
-        lambda one: probe(one[0], one[1], sampling, verify=one[2], decoding=decoding), todo, num_workers
+        lambda one: probe(one[0], one[1], sampling, known=known[one[1]], decoding=decoding), todo, num_workers
     ):
         source = todo[number][1]
         if isinstance(found, Entry):
@@ -267,22 +278,11 @@ def _as_it_is(value: Item) -> Item:
     return value
 
 
-def _codec(source: Source) -> tuple[str, int]:
-    """Name of a video's codec and its rotation in degrees, of a file that is known to be readable."""
-    if isinstance(source, FrameList) or (isinstance(source, str) and os.path.isdir(source)):
-        return "frames", 0
-    with av.open(source if isinstance(source, str) else io.BytesIO(read_bytes(source))) as container:
-        stream = container.streams.best("video")
-        assert isinstance(stream, av.VideoStream)
-        frame = next(container.decode(stream))
-        return stream.codec_context.name, int(frame.rotation)
-
-
 _SCHEMA = pyarrow.schema(
     [
         ("key", pyarrow.string()),
         *((name, pyarrow.int64()) for name in ("size", "mtime_ns")),
-        *((name, pyarrow.string()) for name in ("message", "hint", "reason", "kind")),
+        *((name, pyarrow.string()) for name in ("message", "hint", "reason", "backend", "kind")),
         *((name, pyarrow.int32()) for name in ("width", "height")),
         ("codec", pyarrow.string()),
         ("num_frames", pyarrow.int64()),
@@ -299,15 +299,16 @@ _SCHEMA = pyarrow.schema(
 def _row(entry: Entry) -> dict[str, Any]:
     facts = asdict(entry.facts) if entry.facts else {}
     fault = entry.fault._asdict() if entry.fault else {}
-    return {"size": entry.size, "mtime_ns": entry.mtime_ns, **fault, **facts}
+    return {"size": entry.size, "mtime_ns": entry.mtime_ns, "backend": entry.backend, **fault, **facts}
 
 
 def _entry(row: dict[str, Any]) -> Entry:
-    size, mtime_ns, message, hint, reason = (row.pop(name) for name in _FIRST_COLUMNS[1:])
+    size, mtime_ns, message, hint, reason, backend = (row.pop(name) for name in _FIRST_COLUMNS[1:])
     if message is not None:
         assert reason in get_args(Reason), reason
         return Entry(size, mtime_ns, fault=Fault(message, hint, reason))
+    backend = backend and sys.intern(backend)
     if not row:
-        return Entry(size, mtime_ns)
+        return Entry(size, mtime_ns, backend=backend)
     row |= {"indices": tuple(row["indices"]), "timestamps": tuple(row["timestamps"])}
-    return Entry(size, mtime_ns, Facts(**row))
+    return Entry(size, mtime_ns, Facts(**row), backend=backend)

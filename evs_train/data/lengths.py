@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,9 +159,16 @@ def plan_row(reader: RowReader, sample: Sample, known: Known, longest: int | Non
 
 @dataclass(frozen=True)
 class Probed:
-    """What is `known` of media, how many were read now, and where the index is, or why it was not saved."""
+    """What is `known` of media.
+
+    Attributes:
+        backends: how many videos are decoded by each of decord, pyav and images.
+        num_read: media that were read now.
+        place: where the index is, or why it was not saved.
+    """
 
     known: Known
+    backends: dict[str, int]
     num_read: int
     place: str
 
@@ -203,7 +211,9 @@ def probe_media(
             entry = index.find(source)
             changed = Fault(f"{name_of(source)}: changed while it was read", "check again", "missing")
             known[source] = (entry and (entry.facts or entry.fault)) or changed
-    return Probed(known, num_read, place)
+    entries = [index.entries.get(key_of(source)) for kind, source in wanted if kind == "video"]
+    backends = Counter(entry.backend for entry in entries if entry is not None and entry.backend is not None)
+    return Probed(known, dict(backends.most_common()), num_read, place)
 
 
 class RowCache:

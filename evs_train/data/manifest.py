@@ -126,7 +126,7 @@ def read_data(data: DataSection) -> TrainingData:
                 try:
                     sample, name = _sample(row, f"{path.name}:{number}", f"{path} row {number}", finder, form)
                 except (DataError, MediaError) as error:
-                    problems.append(_of_row(error, f"{path} row {number}"))
+                    problems.append(of_row(error, f"{path} row {number}"))
                 else:
                     samples.append(sample)
                     part.num_rows += 1
@@ -137,7 +137,7 @@ def read_data(data: DataSection) -> TrainingData:
             hint = "take a larger share"
             problems.append(DataError(f"{part.source.name}: {part.source.strategy} takes no row", hint))
     if problems:
-        raise _summary(problems)
+        raise all_faults(problems)
     _weigh(parts)
     return TrainingData(samples, tuple(parts))
 
@@ -209,7 +209,8 @@ def _weigh(parts: list[Part]) -> None:
         part.rows_per_epoch = count
 
 
-def _of_row(error: Problem, source: str) -> Problem:
+def of_row(error: Problem, source: str) -> Problem:
+    """`error` with the row that it is about."""
     message = f"{source}: {error.message}"
     return (
         MediaError(message, error.hint, error.reason)
@@ -218,7 +219,8 @@ def _of_row(error: Problem, source: str) -> Problem:
     )
 
 
-def _summary(problems: list[Problem]) -> EvsTrainError:
+def all_faults(problems: list[Problem]) -> EvsTrainError:
+    """One error that lists them; a `MediaError` when all are of media."""
     if len(problems) == 1:
         return problems[0]
     kind = MediaError if all(isinstance(problem, MediaError) for problem in problems) else DataError

@@ -17,7 +17,7 @@ from PIL import Image
 
 from evs_train.data.chat import Example, SampleEncoder, build_example
 from evs_train.data.decoding import Decoding
-from evs_train.data.index import Facts, Fault, MediaIndex
+from evs_train.data.index import Entry, Facts, Fault, MediaIndex
 from evs_train.data.manifest import Sample
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.sources import Source, TarMember, name_of
@@ -95,26 +95,25 @@ class RowReader:
         )
 
     def _clip(self, source: Source, sampling: FrameSampling) -> Clip:
-        verified = self._is_verified(source)
+        known = self._known(source)
+        verify, suits_decord = self.verify and known is None, known is not None and known.backend == "decord"
         with self._remembered(source):
-            return read_video(source, sampling, verify=self.verify and not verified, decoding=self.decoding)
+            return read_video(source, sampling, verify=verify, suits_decord=suits_decord, decoding=self.decoding)
 
     def _image(self, source: str | TarMember) -> Image.Image:
-        self._is_verified(source)
+        self._known(source)
         with self._remembered(source):
             return read_image(source, decoding=self.decoding)
 
-    def _is_verified(self, source: Source) -> bool:
-        """Whether the index knows the file, as it is now, to be good. Raises MediaError if it is known to be bad."""
-        known = self._bad_files.get(source)
-        if known is None:
+    def _known(self, source: Source) -> Entry | None:
+        """What the index knows of a good file, as it is now. Raises MediaError if it is known to be bad."""
+        fault = self._bad_files.get(source)
+        if fault is None:
             entry = self.index.find(source)
-            if entry is None:
-                return False
-            if entry.fault is None:
-                return True
-            known = self._bad_files[source] = entry.fault
-        raise MediaError(*known)
+            if entry is None or entry.fault is None:
+                return entry
+            fault = self._bad_files[source] = entry.fault
+        raise MediaError(*fault)
 
     @contextlib.contextmanager
     def _remembered(self, source: Source) -> Iterator[None]:

@@ -7,7 +7,7 @@ Cost: none to speak of. No frame is opened here; see `decode.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ class FrameSampling:
         num_frames: this many frames spread uniformly over the video, whatever its length.
         min_frames: lower clamp for `fps`; a video with fewer frames gives all it has.
         max_frames: upper clamp for `fps`.
+        segment: seconds from and to which frames are taken, the last one included; None for the whole video.
         share: of the chosen frames so many stay, spread evenly, but at least `min_frames` of them.
 
     Raises:
@@ -35,6 +36,7 @@ class FrameSampling:
     min_frames: int = 1
     max_frames: int = 768
     share: float = 1.0
+    segment: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if (self.fps is None) == (self.num_frames is None):
@@ -48,7 +50,8 @@ class FrameSampling:
             raise RecipeError(
                 f"data.min_frames must be at least 1 and at most data.max_frames: {self.min_frames}, {self.max_frames}"
             )
-
+        if self.segment is not None and not 0 <= self.segment[0] < self.segment[1]:
+            raise RecipeError(f"a segment must start at 0 s or later and end after that: {self.segment}")
         if not 0.0 < self.share <= 1.0:
             raise RecipeError(f"a share of the sampled frames must be in (0, 1], not {self.share}")
 
@@ -62,7 +65,8 @@ def sample_indices(timestamps: npt.NDArray[np.float64], sampling: FrameSampling)
 
     By `fps`, the frame nearest in time to each of 0, 1/fps, 2/fps ... up to the start of the last frame (of two equally
     near ones the earlier), each at most once. If that gives fewer than `min_frames` or more than `max_frames`, that
-    many frames are spread uniformly over the indices, as for `num_frames`.
+    many frames are spread uniformly over the indices, as for `num_frames`. Of a segment, the same is done with the
+    frames in it; where there is none, with the one that is on screen then.
 
     Args:
         timestamps: (total_frames,) seconds, ascending, of all frames of the video.
@@ -71,6 +75,13 @@ def sample_indices(timestamps: npt.NDArray[np.float64], sampling: FrameSampling)
     Returns:
         Indices into `timestamps`; all of them where the video has no more than were asked for.
     """
+    if sampling.segment is not None:
+        start, end = (time + timestamps[0] for time in sampling.segment)
+        first, behind = np.searchsorted(timestamps, [start, np.nextafter(end, math.inf)])
+        if first == behind:
+            first, behind = max(first - 1, 0), max(first, 1)
+        inner = sample_indices(timestamps[first:behind], replace(sampling, segment=None))
+        return [int(first) + index for index in inner]
     chosen = _chosen(timestamps, sampling)
     return [chosen[place] for place in sampling.thinned(len(chosen))]
 

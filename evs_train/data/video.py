@@ -64,6 +64,8 @@ class Clip:
         duration: seconds from the start of the first to the end of the last frame of the source.
         path: the file, shard member or frames, for messages.
         backend: what decoded it: decord, pyav or images.
+        codec: of the file, by FFmpeg's name; None where only decord looked at it.
+        rotation: degrees by which the file says that its pictures are turned; None where it was not verified.
     """
 
     frames: npt.NDArray[np.uint8]
@@ -74,10 +76,17 @@ class Clip:
     duration: float
     path: str
     backend: str = "decord"
+    codec: str | None = None
+    rotation: int | None = None
 
 
 def read_video(
-    source: Source | Path, sampling: FrameSampling, *, verify: bool = True, decoding: Decoding = DEFAULTS
+    source: Source | Path,
+    sampling: FrameSampling,
+    *,
+    verify: bool = True,
+    suits_decord: bool = False,
+    decoding: Decoding = DEFAULTS,
 ) -> Clip:
     """Decode sampled frames of one video, in this process's decoding child.
 
@@ -87,6 +96,8 @@ def read_video(
         source: file, folder of frames, member of a shard, or list of frames.
         sampling: which frames.
         verify: decode the whole video first, to be sure of it (`decode.py`); not needed where that was done before.
+        suits_decord: without `verify`: decord read this file before, after it was verified, so it need not be looked
+            through to find out whether decord can.
         decoding: decoder and limits.
 
     Raises:
@@ -94,7 +105,7 @@ def read_video(
     """
     source = str(source) if isinstance(source, Path) else source
     name = name_of(source)
-    reply = DECODER.request(name, decoding.timeout, _absolute(source), decoding, sampling, verify)
+    reply = DECODER.request(name, decoding.timeout, _absolute(source), decoding, sampling, verify, suits_decord)
     facts = reply.facts
     timestamps = np.array(facts.pop("timestamps"), np.float64)
     clip = Clip(frames=reply.pixels, timestamps=timestamps, path=name, **facts)

@@ -156,9 +156,12 @@ class Family(ABC):
         merged: Media = {}
         for name in sorted({name for one in media for name in one}):
             values = [one[name] for one in media if name in one]
-            merged[name] = (
-                torch.cat(values) if isinstance(values[0], Tensor) else [v for value in values for v in value]
-            )
+            if len(values) == 1:  # no copy: that of the loader, to shared memory, is enough
+                merged[name] = values[0]
+            elif isinstance(values[0], Tensor):
+                merged[name] = torch.cat(values)
+            else:
+                merged[name] = [v for value in values for v in value]
         return merged
 
 

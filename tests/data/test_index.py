@@ -6,18 +6,24 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evs_train.config import DataSection, ModelSection
-from evs_train.data import index, rows
+from evs_train.data import decode, index, rows
 from evs_train.data.batches import TrainingStream
+from evs_train.data.decoded import Decoded, Sink
+from evs_train.data.decoding import Decoding
 from evs_train.data.index import Entry, Fault, Kind, MediaIndex, index_file, key_of, probe, probe_all, state_of, unknown
 from evs_train.data.manifest import read_rows
+from evs_train.data.media_files import MediaFile
 from evs_train.data.order import DrawOrder
 from evs_train.data.rows import RowReader
 from evs_train.data.schedule import FixedBatches, Slot
@@ -29,6 +35,7 @@ from evs_train.models.loading import load_family
 from tests.conftest import write_noise
 
 SAMPLING = FrameSampling(fps=4.0, min_frames=2)
+TURNED = Path(__file__).resolve().parents[3] / "shared" / "videos" / "video_90.mov"
 
 
 @pytest.fixture
@@ -82,7 +89,7 @@ def test_written_and_read_it_is_the_same(media: list[tuple[Kind, Source]], tmp_p
     assert [file.name for file in path.parent.iterdir()] == ["media.arrow"]  # and no draft
     assert MediaIndex.read(path, facts=True) == found
     for key, entry in MediaIndex.read(path).entries.items():
-        assert entry == Entry(found.entries[key].size, found.entries[key].mtime_ns, fault=found.entries[key].fault)
+        assert entry == replace(found.entries[key], facts=None)
 
 
 def test_only_what_changed_is_read_again(media: list[tuple[Kind, Source]]) -> None:
@@ -236,3 +243,100 @@ class TestTraining:
         (bad, *_) = next(one.bad for one in (data.read(Slot(draw), 0) for draw in range(6)) if one.bad)
         assert (bad.file, bad.reason, bad.message) == (torn, "truncated", f"{torn}: broken")
         assert (bad.sample_id, bad.row) == ("torn", f"{tmp_path / 'rows.json'} row 2")
+
+
+class TestDecoders:
+    """What decodes a file, and what the decoding child says of it."""
+
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> list[tuple[Kind, Source]]:
+        """A file for each decoder: H.264 as usual, B-frames in AVI, and a folder of frames."""
+        write_noise(tmp_path / "usual.mp4", num_frames=20, width=96)
+        write_noise(tmp_path / "b_frames.avi", num_frames=20, width=96)  # x264 makes B-frames by itself
+        (tmp_path / "frames").mkdir()
+        for number in range(8):
+            Image.fromarray(np.full((48, 80, 3), number, np.uint8)).save(tmp_path / "frames" / f"{number}.png")
+        return [("video", str(tmp_path / name)) for name in ("usual.mp4", "b_frames.avi", "frames")]
+
+    def test_each_file_says_what_decodes_it(self, files: list[tuple[Kind, Source]], tmp_path: Path) -> None:
+        found, decoding = MediaIndex(), Decoding(frames_fps=4.0)
+        list(probe_all(found, unknown(found, files, SAMPLING), SAMPLING, 0, decoding))
+        assert [found.entries[str(file)].backend for _, file in files] == ["decord", "pyav", "images"]
+        found.write(tmp_path / "media.arrow")
+        assert [entry.backend for entry in MediaIndex.read(tmp_path / "media.arrow").entries.values()] == [
+            found.entries[key].backend for key in found.entries
+        ]
+        facts = [found.entries[str(file)].facts for _, file in files]
+        assert [one and one.codec for one in facts] == ["h264", "h264", "frames"]
+
+    def test_no_file_is_opened_in_this_process(
+        self, files: list[tuple[Kind, Source]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(av, "open", None)
+        for _, file in files[:2]:
+            assert isinstance(probe("video", file, SAMPLING), Entry)
+
+    @pytest.mark.skipif(not TURNED.is_file(), reason="needs the recorded clips")
+    def test_rotation_is_kept_when_sampled_otherwise(self) -> None:
+        found, media = MediaIndex(), [cast(tuple[Kind, Source], ("video", str(TURNED)))]
+        for sampling in (SAMPLING, FrameSampling(num_frames=2)):
+            list(probe_all(found, unknown(found, media, sampling), sampling, 0))
+            facts = found.entries[str(TURNED)].facts
+            assert facts is not None
+            assert (facts.rotation, facts.codec, facts.sampling) == (-90, "h264", str(sampling))
+
+    def test_a_known_file_is_not_looked_through(
+        self, files: list[tuple[Kind, Source]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looked: list[str] = []
+
+        def recorded(file: MediaFile, *rest: Any) -> decode.Examined:
+            looked.append(file.name)
+            return examined(file, *rest)
+
+        examined = decode._examined.__wrapped__
+        monkeypatch.setattr(decode, "_examined", recorded)
+
+        def read(file: Source, *, suits: bool, verify: bool = False, **limits: Any) -> Decoded:
+            decoding = Decoding(**limits)
+            return decode.read_video(file, SAMPLING, verify=verify, suits_decord=suits, decoding=decoding, sink=Sink())
+
+        usual, b_frames = str(files[0][1]), str(files[1][1])
+        known, fresh = read(usual, suits=True), read(usual, suits=False, verify=True)
+        assert looked == [usual]
+        assert np.array_equal(known.frames, fresh.frames)
+        assert (known.frame_indices, known.timestamps, known.fps) == (fresh.frame_indices, fresh.timestamps, fresh.fps)
+        with pytest.raises(MediaError, match="96 x 64 pixels are more than 6,143"):  # limits hold all the same
+            read(usual, suits=True, max_pixels=96 * 64 - 1)
+        assert read(usual, suits=True, backend="pyav").backend == "pyav"
+        assert read(b_frames, suits=False).backend == "pyav"
+        assert looked == [usual, usual, b_frames]
+        read(usual, suits=True, verify=True)
+        assert looked[-1] == usual
+
+    def test_training_says_what_suits_decord(
+        self, files: list[tuple[Kind, Source]], tmp_path: Path, tiny_checkpoint: Callable[[str], Path],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        asked: dict[str, tuple[bool, bool]] = {}
+
+        def recorded(path: str, sampling: FrameSampling, *, verify: bool, suits_decord: bool, **options: Any) -> object:
+            asked[Path(path).name] = (verify, suits_decord)
+            return read_video(path, sampling, verify=verify, suits_decord=suits_decord, **options)
+
+        monkeypatch.setattr(rows, "read_video", recorded)
+        family = load_family(ModelSection(path=str(tiny_checkpoint("qwen3_vl"))), DataSection(rows="unused.json"))
+        talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "That."}]
+        listed = [{"id": str(file), "video": file, "conversations": talk} for _, file in files[:2]]
+        (tmp_path / "rows.json").write_text(json.dumps(listed), encoding="utf-8")
+        samples = read_rows([tmp_path / "rows.json"])
+        found = filled(files[:2])
+        plain = RowReader(samples, family, SAMPLING)
+        assert sorted(plain.read(number).decoded_by for number in range(2)) == [("decord",), ("pyav",)]
+        assert asked == {"usual.mp4": (True, False), "b_frames.avi": (True, False)}
+        known = RowReader(samples, family, SAMPLING, index=found)
+        for number in range(2):
+            one, other = plain.read(number), known.read(number)
+            assert torch.equal(one.media["pixel_values_videos"], other.media["pixel_values_videos"])
+            assert torch.equal(one.input_ids, other.input_ids)
+        assert asked == {"usual.mp4": (False, True), "b_frames.avi": (False, False)}

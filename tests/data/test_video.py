@@ -17,10 +17,11 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from evs_train.data.decode import check_video
 from evs_train.data.decoded import Sink
-from evs_train.data.decoding import DEFAULTS
+from evs_train.data.decoding import DEFAULTS, Decoding
 from evs_train.data.sampling import FrameSampling, sample_indices
 from evs_train.data.video import read_image, read_video, video_metadata
 from evs_train.errors import MediaError, RecipeError
+from tests.conftest import write_noise
 
 VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "videos"
 recorded = pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"the recorded clips are not there: {VIDEOS}")
@@ -210,6 +211,39 @@ def test_sample_indices_never_repeat() -> None:
             assert len(indices) == min(total, count)
             assert all(a < b for a, b in pairwise(indices))
             assert indices[-1] == (total - 1 if count > 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (FrameSampling(fps=5, segment=(0.5, 1.0)), [5, 7, 9]),
+        (FrameSampling(num_frames=3, segment=(0.5, 1.5)), [5, 10, 15]),
+        (FrameSampling(fps=1, min_frames=2, segment=(0.45, 0.75)), [5, 7]),
+        (FrameSampling(num_frames=4, segment=(0.61, 0.69)), [6]),  # between two frames: the one on screen
+        (FrameSampling(num_frames=2, segment=(5.0, 9.0)), [19]),  # behind the end
+        (FrameSampling(num_frames=2, segment=(0.0, 9.0)), [0, 19]),
+    ],
+)
+def test_sample_indices_of_a_segment_of_two_seconds_at_ten(sampling: FrameSampling, expected: list[int]) -> None:
+    assert sample_indices(np.arange(20) / 10, sampling) == expected
+    assert sample_indices(np.arange(20) / 10 + 3.0, sampling) == expected
+
+
+def test_a_segment_is_read_with_its_times(tmp_path: Path) -> None:
+    write_noise(tmp_path / "clip.mp4", num_frames=16)
+    whole = read_video(tmp_path / "clip.mp4", EVERY_FRAME)
+    for backend in ("decord", "pyav"):
+        sampling = FrameSampling(num_frames=10_000, segment=(0.5, 1.0))
+        part = read_video(tmp_path / "clip.mp4", sampling, decoding=Decoding(backend=backend))
+        assert part.frame_indices == [4, 5, 6, 7, 8]
+        np.testing.assert_allclose(part.timestamps, whole.timestamps[4:9])
+        np.testing.assert_array_equal(part.frames, whole.frames[4:9])
+
+
+@pytest.mark.parametrize("segment", [(1.0, 1.0), (-1.0, 2.0), (3.0, 2.0)])
+def test_a_senseless_segment_is_refused(segment: tuple[float, float]) -> None:
+    with pytest.raises(RecipeError, match="a segment must"):
+        FrameSampling(fps=1, segment=segment)
 
 
 @pytest.mark.parametrize(
