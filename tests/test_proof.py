@@ -123,6 +123,10 @@ def test_prepared_rows_are_those_of_the_reader(folder: Path, inputs: Inputs) -> 
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
+def test_rows_are_prepared_once_for_base_and_arms(folder: Path) -> None:
+    assert len(list((folder / "prepared").iterdir())) == len(world.SPLITS)
+
+
 def test_answers_are_those_of_plain_forwards(folder: Path, inputs: Inputs) -> None:
     """At rate 0, of one row at a time, without the hook and from the reader's own pixels."""
     model = load_weights(inputs.recipe.model, inputs.family.config, torch.float32).eval()

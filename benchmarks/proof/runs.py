@@ -36,14 +36,13 @@ class ExampleCache:
 
     Args:
         reader: prepares the rows, if they are not on disk yet.
-        folder: where prepared rows are kept.
+        folder: where prepared rows are kept, all of them by the same processor.
         say: is told what takes long.
     """
 
     def __init__(self, reader: RowReader, folder: Path, say: Callable[[str], None] = print) -> None:
-        texts = "\n".join(str(sample.messages) for sample in reader.samples)
-        key = hashlib.sha256((reader.encoder.fingerprint() + texts).encode()).hexdigest()[:16]
-        file = folder / f"{key}.pt"
+        texts = "\n".join(f"{sample.id} {sample.messages}" for sample in reader.samples)
+        file = folder / f"{hashlib.sha256(texts.encode()).hexdigest()[:16]}.pt"
         if not file.is_file():
             say(f"preparing {len(reader.samples)} rows")
             folder.mkdir(parents=True, exist_ok=True)
