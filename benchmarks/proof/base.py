@@ -25,13 +25,15 @@ def build_base(folder: Path, seed: int = 0) -> Path:
         return folder
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        processor, model = qwen.qwen2_5_vl(100 * world.texts())
+        processor, model = qwen.qwen3_vl(100 * world.texts())
         for part in (processor.image_processor, processor.video_processor):
             part.patch_size, part.merge_size = PATCH, 1
-            part.size = {"shortest_edge": world.SIDE**2, "longest_edge": world.SIDE**2}
+            part.size = {"shortest_edge": world.SIDE**2, "longest_edge": world.NUM_FRAMES * world.SIDE**2}
+        processor.video_processor.max_video_tokens = TOKENS_PER_UNIT
         config = model.config
         config.vision_config.patch_size, config.vision_config.spatial_merge_size = PATCH, 1
-        model = hf.Qwen2_5_VLForConditionalGeneration(config)
+        config.vision_config.num_position_embeddings = TOKENS_PER_UNIT
+        model = hf.Qwen3VLForConditionalGeneration(config)
     ids = config.get_text_config()
     model.generation_config = hf.GenerationConfig(
         bos_token_id=ids.bos_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id

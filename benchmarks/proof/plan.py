@@ -62,10 +62,10 @@ _CONTROLS = (f"{PLUG}, random tokens", f"{PLUG}, whole units")
 SIZES: dict[str, Size] = {
     "mini": Size(6, 6, 3, 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9)),
     "default": Size(
-        6000, 400, 1200, 200, (0, 1, 2), (PLUG, DENSE, NVIDIA, "uniform", "mixture", *_CONTROLS),
+        4000, 300, 1000, 200, (0, 1, 2), (PLUG, DENSE, NVIDIA, "uniform", "mixture", *_CONTROLS),
         (0.0, 0.5, 0.75, 0.8, 0.9),
     ),
     "full": Size(
-        6000, 1000, 1200, 300, (0, 1, 2), tuple(ARMS), (0.0, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+        4000, 1000, 1000, 300, (0, 1, 2), tuple(ARMS), (0.0, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
     ),
 }  # fmt: skip
