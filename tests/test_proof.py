@@ -30,7 +30,7 @@ from evs_train.recipe import load_recipe
 from evs_train.samplers import build_sampler
 
 RATES = (0.0, 0.75, 0.9)
-MINI = Size(6, 5, 3, 3, (0, 1), (PLUG, DENSE, "mixture", "sandwich", "uniform, whole units"), RATES)
+MINI = Size(6, 5, 3, 3, (0, 1), (PLUG, DENSE, "mixture", "sandwich", "uniform, whole units"), RATES, batch=4)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run. Rates include 0, with which everything is compared."""
+    """How much is run. Rates include 0, with which everything is compared; `batch`: clips of a step."""
 
     num_train: int
     num_heldout: int
@@ -56,11 +56,12 @@ class Size:
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
     rates: tuple[float, ...]
+    batch: int = 32
 
 
 _CONTROLS = (f"{PLUG}, random tokens", f"{PLUG}, whole units")
 SIZES: dict[str, Size] = {
-    "mini": Size(6, 6, 3, 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9)),
+    "mini": Size(6, 6, 3, 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9), batch=4),
     "default": Size(
         4000, 300, 1000, 200, (0, 1, 2), (PLUG, DENSE, NVIDIA, "uniform", "mixture", *_CONTROLS),
         (0.0, 0.5, 0.75, 0.8, 0.9),

@@ -127,7 +127,8 @@ class Study:
 
     def _recipe(self, words: list[str], output: Path) -> Recipe:
         rows = f"data.rows={self.folder / 'world' / 'train.jsonl'}"
-        return load_recipe([words[0], rows, f"output_dir={output}", *words[1:]])
+        size = f"train.batch_size={self.size.batch}"
+        return load_recipe([words[0], rows, size, f"output_dir={output}", *words[1:]])
 
 
 def _check_same_world(file: Path, fingerprint: str) -> None:
