@@ -1,0 +1,43 @@
+"""The proof's model before any training: a Qwen3-VL with random weights that sees 32 x 32 pixels as 16 tokens a unit.
+
+It is the tiny checkpoint of `evs_train.models.tiny` without the merging of 2 x 2 patches, so that a token is a patch of
+8 x 8 pixels (a quarter of the patches to encode), and with a tokenizer for which each choice of the world is one token.
+Cost: two seconds and 3 MB.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers as hf
+
+from benchmarks.proof import world
+from evs_train.models.tiny import qwen
+
+PATCH = 8
+TOKENS_PER_UNIT = (world.SIDE // PATCH) ** 2
+
+
+def build_base(folder: Path, seed: int = 0) -> Path:
+    """Write processor and random weights into `folder`, unless they are there; returns it."""
+    if (folder / "model.safetensors").is_file():
+        return folder
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        processor, model = qwen.qwen3_vl(100 * world.texts())
+        for part in (processor.image_processor, processor.video_processor):
+            part.patch_size, part.merge_size = PATCH, 1
+            part.size = {"shortest_edge": world.SIDE**2, "longest_edge": world.NUM_FRAMES * world.SIDE**2}
+        processor.video_processor.max_video_tokens = TOKENS_PER_UNIT
+        config = model.config
+        config.vision_config.patch_size, config.vision_config.spatial_merge_size = PATCH, 1
+        config.vision_config.num_position_embeddings = TOKENS_PER_UNIT
+        model = hf.Qwen3VLForConditionalGeneration(config)
+    ids = config.get_text_config()
+    model.generation_config = hf.GenerationConfig(
+        bos_token_id=ids.bos_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id
+    )
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,72 @@
+"""What the proof trains and compares: its arms, and how much of them each size runs. Nothing is computed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.proof.runs import Selection
+
+UNIFORM = "{kind: uniform, min: 0.0, max: 0.9}"
+MIXTURE = "{kind: mixture, dense: 0.2, of: {kind: uniform, min: 0.3, max: 0.92}}"
+
+PLUG = "plug-and-play"
+DENSE = "dense SFT"
+NVIDIA = "beta .75"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go on from the base.
+
+    Attributes:
+        overrides: of arm.yaml; None: the base is evaluated as it is.
+        selection: which tokens are kept, in training and evaluation.
+    """
+
+    overrides: tuple[str, ...] | None
+    selection: Selection = "evs"
+
+
+ARMS: dict[str, Arm] = {
+    PLUG: Arm(None),
+    DENSE: Arm(("evs.rate=0.0",)),
+    "fixed .75": Arm(("evs.rate=0.75",)),
+    "uniform": Arm((f"evs.rate={UNIFORM}",)),
+    NVIDIA: Arm(("evs.rate={kind: beta, mode: 0.75, max: 0.83}",)),
+    "frame-based .75": Arm(("evs.rate={kind: unit_beta, mode: 0.75}",)),
+    "mixture": Arm((f"evs.rate={MIXTURE}",)),
+    "mixture + teacher": Arm((f"evs.rate={MIXTURE}", "objective.kind=teacher")),
+    "sandwich": Arm((f"evs.rate={UNIFORM}", "objective.kind=sandwich")),
+    f"{PLUG}, random tokens": Arm(None, "random"),
+    f"{PLUG}, whole units": Arm(None, "frames"),
+    "uniform, random tokens": Arm((f"evs.rate={UNIFORM}",), "random"),
+    "uniform, whole units": Arm((f"evs.rate={UNIFORM}",), "frames"),
+}
+"""Every arm by the name that it has in the results. `beta` and `frame-based` are NVIDIA's published samplers."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run. Rates include 0, with which everything is compared; `batch`: clips of a step."""
+
+    num_train: int
+    num_heldout: int
+    base_steps: int
+    arm_steps: int
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...]
+    rates: tuple[float, ...]
+    batch: int = 32
+
+
+_CONTROLS = (f"{PLUG}, random tokens", f"{PLUG}, whole units")
+SIZES: dict[str, Size] = {
+    "mini": Size(6, 6, 3, 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9), batch=4),
+    "default": Size(
+        4000, 300, 1000, 200, (0, 1, 2), (PLUG, DENSE, NVIDIA, "uniform", "mixture", *_CONTROLS),
+        (0.0, 0.5, 0.75, 0.8, 0.9),
+    ),
+    "full": Size(
+        4000, 1000, 1000, 300, (0, 1, 2), tuple(ARMS), (0.0, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+    ),
+}  # fmt: skip
