@@ -122,8 +122,13 @@ def recommended_rate(run: str | Path, evaluation: str | Path | None = None) -> f
             for point in found[0]["points"]
             if point.get("shown_tolerance") is not None
         ]
+        loss = (
+            f"the loss shown not to be exceeded is {', '.join(shown)}"
+            if shown
+            else "at rate 0 it answers nothing right"
+        )
         raise RecipeError(
-            f"rate=recommended: {file} recommends none; the loss shown not to be exceeded is {', '.join(shown)}",
+            f"rate=recommended: {file} recommends none; {loss}",
             "evaluate on more videos, or again with a larger tolerance=...; or name a rate",
         )
     return float(rate)

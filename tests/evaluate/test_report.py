@@ -160,6 +160,17 @@ def test_no_rate_is_taken_that_was_not_found_for_this_run(
         recommended_rate(run_folder)
 
 
+def test_an_evaluation_in_which_nothing_was_right_says_so(run_folder: Path) -> None:
+    write_results(run_folder / "eval", None, run_identity({"seed": 1, "num_steps": 3}))
+    file = run_folder / "eval" / "results.json"
+    results = json.loads(file.read_text())
+    for point in results["models"][0]["points"]:
+        point["shown_tolerance"] = None
+    file.write_text(json.dumps(results))
+    with pytest.raises(RecipeError, match="recommends none; at rate 0 it answers nothing right"):
+        recommended_rate(run_folder)
+
+
 def test_export_writes_the_recommended_rate(
     tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
