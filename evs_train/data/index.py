@@ -134,14 +134,18 @@ class MediaIndex:
     def write(self, path: Path) -> None:
         """Replace the file. Raises OSError."""
         rows = [{"key": key, **_row(entry)} for key, entry in self.entries.items()]
-        table = pyarrow.Table.from_pylist(rows, schema=_SCHEMA)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".draft{os.getpid()}")
-        try:
-            feather.write_feather(table, str(draft))
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        replace_table(path, pyarrow.Table.from_pylist(rows, schema=_SCHEMA))
+
+
+def replace_table(path: Path, table: pyarrow.Table) -> None:
+    """Write a file as a whole, so that readers see the old one or the new one. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".draft{os.getpid()}")
+    try:
+        feather.write_feather(table, str(draft))
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def index_file(data: DataSection) -> Path:

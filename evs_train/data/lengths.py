@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +27,18 @@ from pyarrow import feather
 
 from evs_train import evs
 from evs_train.data.chat import Example
-from evs_train.data.index import Facts, Fault, Kind, MediaIndex, key_of, parallel, probe_all, state_of, unknown
+from evs_train.data.index import (
+    Facts,
+    Fault,
+    Kind,
+    MediaIndex,
+    key_of,
+    parallel,
+    probe_all,
+    replace_table,
+    state_of,
+    unknown,
+)
 from evs_train.data.manifest import Sample
 from evs_train.data.rows import RowReader
 from evs_train.data.sources import Source, name_of
@@ -262,14 +272,7 @@ class RowCache:
 
     def write(self) -> None:
         """Replace the file. Raises OSError."""
-        table = pyarrow.table({"key": list(self._rows), "row": list(self._rows.values())})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(f".draft{os.getpid()}")
-        try:
-            feather.write_feather(table, str(draft))
-            os.replace(draft, self.path)
-        finally:
-            draft.unlink(missing_ok=True)
+        replace_table(self.path, pyarrow.table({"key": list(self._rows), "row": list(self._rows.values())}))
 
 
 def plan_rows(
