@@ -49,6 +49,7 @@ class Worker:
         self._decoding = DEFAULTS
         self._sink = Sink(self._allocate, self._progress)
         self._own = _address_space()
+        self._most: int | None = None  # bytes that this file may take
 
     def serve(self) -> None:
         """Answer requests until the parent hangs up."""
@@ -113,6 +114,8 @@ class Worker:
     def _allocate(self, shape: tuple[int, ...]) -> Pixels:
         """Memory that the parent can map, too: that of the last request, or new where it does not do."""
         size = math.prod(shape)
+        if self._most is not None and size > self._most:  # whatever an earlier file left behind that could hold them
+            raise MemoryError
         if self._shared is None or len(self._shared) < size:
             if self._unsent is not None:  # of a decoder that gave up
                 os.close(self._unsent)
@@ -134,6 +137,7 @@ class Worker:
         """What earlier files left behind is no room for this one: neither their pixels nor anything else."""
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         limit = most
+        self._most = None if memory_mb is None else memory_mb << 20
         if memory_mb is not None:
             if self._kept() > memory_mb << 18:  # a quarter of the limit: the decoder may need it
                 self._shared = None

@@ -372,6 +372,18 @@ def test_what_a_decoder_keeps_does_not_change_the_next_verdict(tmp_path: Path) -
     assert read(path, memory_mb=64).total_frames == 100
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_memory_that_an_unlimited_file_left_is_no_room(tmp_path: Path, times: int) -> None:
+    """Decoders give some of it back during the next file, whose frames then found room beyond their limit."""
+    large = encode(tmp_path / "large.mp4", num_frames=3, size=(8192, 4096), preset="ultrafast")
+    path = encode(tmp_path / "clip.mp4", num_frames=100, size=(640, 480), preset="ultrafast")
+    DECODER.close()
+    for _ in range(times):
+        read(large, memory_mb=None)
+    with pytest.raises(MediaError, match=r"data\.decode_memory_mb = 64"):
+        read_video(path, FrameSampling(num_frames=100), decoding=Decoding(memory_mb=64))
+
+
 def test_a_decoder_that_grew_is_replaced(tmp_path: Path) -> None:
     """A large file leaves heaps behind that are never given back: more than a limit of 64 MiB allows in all."""
     large = encode(tmp_path / "large.mp4", num_frames=30, size=(1920, 1080), preset="ultrafast")
