@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from evs_train.collate import PlannedItem
 from evs_train.config import Recipe
-from evs_train.data.chat import Example, Kind, Media
+from evs_train.data.chat import Example, Kind, Media, MediaItem
 from evs_train.data.rows import RowReader
 from evs_train.models.base import Features
 from evs_train.prune import EvsHook
@@ -49,7 +49,8 @@ class ExampleCache:
             torch.save(_prepared(reader), file.with_suffix(".tmp"))
             file.with_suffix(".tmp").rename(file)
         # mmap: pixels are read from the file when they are needed, and processes share them.
-        self._rows, self._codes = torch.load(file, weights_only=False, mmap=True)
+        with torch.serialization.safe_globals([Example, MediaItem]):  # a file of nothing else, so of no code
+            self._rows, self._codes = torch.load(file, weights_only=True, mmap=True)
 
     def __len__(self) -> int:
         return len(self._rows)
