@@ -10,6 +10,7 @@ import math
 import netrc
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +19,9 @@ import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evs_train.collate import PlannedItem
-from evs_train.config import TrackingSection
+from evs_train.config import Part, TrackingSection
+from evs_train.models.base import Family
+from evs_train.models.tuning import recompute_only
 from evs_train.prune import EvsHook
 from evs_train.visualize import kept_figure, save_png
 
@@ -35,6 +38,18 @@ class ProgressLine(ProgressCallback):
                 f"video tokens {logs['evs/video_tokens_before']:,.0f} -> {logs['evs/video_tokens_after']:,.0f}  "
                 f"{logs['speed/tokens_per_second']:,.0f} tokens/s"
             )
+
+
+class RecomputeOnly(TrainerCallback):
+    """Lets only some parts recompute their activations: the trainer switches it on in all of them before it begins."""
+
+    def __init__(self, family: Family, parts: Sequence[Part]) -> None:
+        self.family, self.parts = family, parts
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        recompute_only(model, self.family, self.parts)
 
 
 class JsonlCallback(TrainerCallback):

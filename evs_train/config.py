@@ -272,7 +272,9 @@ class TrainSection(Section):
     batch_size: int = Field(1, ge=1, description="rows per process and micro-batch")
     grad_accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
     packing: bool = Field(False, description="join a micro-batch's rows to one sequence after pruning; no padding")
-    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    gradient_checkpointing: bool | list[Part] = Field(
+        False, description="recompute activations to save memory: in all parts, in none, or in those named"
+    )
     log_every: int = Field(10, ge=1, description="steps between logs")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
     keep_checkpoints: int = Field(2, ge=2, description="1 is refused: the newest may be torn when a run is killed")

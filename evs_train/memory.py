@@ -89,6 +89,8 @@ def _activations(model: nn.Module, family: Family, recipe: Recipe, num_tokens: i
     )
     halves = 1 if recipe.model.dtype == "bfloat16" else 2
     per_layer = 34 * halves * hidden
-    stored = 2 * halves * hidden * num_layers + per_layer if recipe.train.gradient_checkpointing else None
+    checkpointing = recipe.train.gradient_checkpointing
+    recomputes = checkpointing is True or (checkpointing and "language_model" in checkpointing)
+    stored = 2 * halves * hidden * num_layers + per_layer if recomputes else None
     of_layers = per_layer * num_layers if stored is None else stored
     return float(num_tokens * (of_layers + 10 * vocabulary))

@@ -24,7 +24,14 @@ from transformers import PreTrainedModel, ProgressCallback, TrainingArguments, s
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from evs_train import samplers
-from evs_train.callbacks import JsonlCallback, PictureCallback, ProgressLine, RecipeToWandb, prepare_wandb
+from evs_train.callbacks import (
+    JsonlCallback,
+    PictureCallback,
+    ProgressLine,
+    RecipeToWandb,
+    RecomputeOnly,
+    prepare_wandb,
+)
 from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
 from evs_train.config import Recipe
 from evs_train.data import manifest
@@ -167,6 +174,8 @@ class Run(Inputs):
                 RecipeToWandb(recipe.model_dump()),
             ],
         )
+        if isinstance(recipe.train.gradient_checkpointing, list):
+            trainer.add_callback(RecomputeOnly(self.family, recipe.train.gradient_checkpointing))
         if self.questions:
             trainer.add_callback(LiveCurve(recipe, self.family, self.questions, trainer.log, hook.autocast))
         return trainer
@@ -191,7 +200,7 @@ class Run(Inputs):
             warmup_steps=math.ceil(optim.warmup_ratio * self.schedule.num_steps),
             lr_scheduler_type=optim.scheduler,
             max_grad_norm=optim.max_grad_norm,
-            activation_checkpointing=train.gradient_checkpointing,
+            activation_checkpointing=bool(train.gradient_checkpointing),
             activation_checkpointing_kwargs={"use_reentrant": False},
             bf16=recipe.model.dtype == "bfloat16",
             use_cpu=on_cpu,

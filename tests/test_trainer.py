@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from evs_train.errors import MediaError, RecipeError
 from evs_train.models import FAMILIES
+from evs_train.models.base import Family
+from evs_train.models.tuning import part_of
 from evs_train.tally import bucket_name, bucket_of
 from evs_train.uptrain import Run, Summary
 from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of
@@ -125,20 +128,37 @@ def test_gradient_checkpointing_recomputes_and_does_not_change_the_curve(
     family_name: str, tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path
 ) -> None:
     curves, calls = [], []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, ["language_model"], ["vision"]):
         output = tmp_path / str(checkpointing)
         options = {"train__steps": 2, "train__batch_size": 2, "train__gradient_checkpointing": checkpointing}
         run = Run(recipe_of(arguments(tiny_checkpoint(family_name), world, output, **options)))
-        model, count = run.load_model(), [0]
-        layer = next(m for name, m in model.named_modules() if "language_model" in name and name.endswith("layers.0"))
-        linear = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
-        linear.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        model, count = run.load_model(), [0, 0]
+        for place, part in enumerate(("language_model", "vision")):
+            linear = _linear_of_a_layer(model, run.family, part)
+            linear.register_forward_pre_hook(lambda *_, c=count, p=place: c.__setitem__(p, c[p] + 1))
         run.load_model = lambda model=model: model  # type: ignore[method-assign]
         run.train()
         curves.append([line["loss"] for line in metrics(output)])
-        calls.append(count[0])
-    assert curves[1] == pytest.approx(curves[0], rel=1e-6)
-    assert calls == [2, 4]
+        calls.append(count)
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-6)
+    language, vision = calls[0]
+    assert calls[1:] == [[2 * language, 2 * vision], [2 * language, vision], [language, 2 * vision]]
+
+
+def test_a_part_without_layers_that_recompute_is_named(train: Callable[..., tuple[Path, Summary]]) -> None:
+    with pytest.raises(RecipeError, match="projector of qwen3_vl has no layer that recomputes"):
+        train("run", train__gradient_checkpointing=["projector"])
+
+
+def _linear_of_a_layer(model: torch.nn.Module, family: Family, part: str) -> torch.nn.Linear:
+    """The first linear layer of a part's first layer that can recompute."""
+    layer = next(
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and part_of(name + ".", family) == part
+    )
+    return next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
 
 
 def test_a_resumed_run_goes_on_as_if_never_stopped(train: Callable[..., tuple[Path, Summary]]) -> None:

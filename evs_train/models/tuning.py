@@ -5,13 +5,14 @@ Invariant: exactly the parameters that the recipe names require a gradient, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from evs_train.config import PARTS, LoraSection, OptimSection, Part, TuningSection
 from evs_train.errors import ModelError, RecipeError
@@ -98,6 +99,25 @@ def part_sizes(model: nn.Module, family: Family) -> list[PartSize]:
         size[0] += count if parameter.requires_grad else 0
         size[1] += count
     return [PartSize(part, *counts) for part, counts in sizes.items() if counts[1]]
+
+
+def recompute_only(model: nn.Module, family: Family, parts: Collection[Part]) -> None:
+    """Of a model in which all layers recompute their activations, let only those of `parts` do so.
+
+    Raises:
+        RecipeError: one of `parts` has no layer that can.
+    """
+    able: set[Part] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and (part := part_of(name + ".", family)):
+            able.add(part)
+            module.gradient_checkpointing = part in parts
+    for part in parts:
+        if part not in able:
+            raise RecipeError(
+                f"train.gradient_checkpointing: {part} of {family.model_type} has no layer that recomputes",
+                f"name some of {', '.join(sorted(able))}",
+            )
 
 
 def encoder_trains(model: nn.Module, family: Family) -> bool:
