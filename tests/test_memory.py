@@ -24,10 +24,20 @@ def run_of(tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: P
     return make
 
 
-def estimate(run: Run, deepspeed: str | None = None, num_processes: int = 1, num_tokens: int = 100) -> MemoryEstimate:
+def estimate(
+    run: Run, deepspeed: str | None = None, num_processes: int = 1, num_tokens: int = 100, num_logits: int = 0
+) -> MemoryEstimate:
     config = None if deepspeed is None else json.loads((DEEPSPEED_DIR / f"{deepspeed}.json").read_text())
     model = run.planned_model()
-    return estimate_memory(model, run.family, run.recipe, config, num_tokens=num_tokens, num_processes=num_processes)
+    return estimate_memory(
+        model,
+        run.family,
+        run.recipe,
+        config,
+        num_tokens=num_tokens,
+        num_logits=num_logits,
+        num_processes=num_processes,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -58,7 +68,7 @@ def test_deepspeed_divides_it(run_of: Callable[..., Run]) -> None:
     assert two.optimizer * GIB == three.optimizer * GIB == 12 * parameters / 4
     offloaded = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
     model = run.planned_model()
-    less = estimate_memory(model, run.family, run.recipe, offloaded, num_tokens=1, num_processes=4)
+    less = estimate_memory(model, run.family, run.recipe, offloaded, num_tokens=1, num_logits=1, num_processes=4)
     assert (less.optimizer, less.weights) == (0, three.weights)
 
 
@@ -67,6 +77,8 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing(family: str,
     plain, checkpointed = run_of(family), run_of(family, train__gradient_checkpointing=True)
     assert estimate(plain, num_tokens=200).activations == pytest.approx(2 * estimate(plain).activations)
     config = plain.family.config.get_text_config()
+    logits = estimate(plain, num_logits=5).activations - estimate(plain).activations
+    assert logits * GIB == pytest.approx(12 * 5 * config.vocab_size)
     saved = estimate(plain).activations - estimate(checkpointed).activations
     layers, hidden = config.num_hidden_layers, config.hidden_size
     assert saved * GIB == pytest.approx(100 * 2 * hidden * (34 * layers - 2 * layers - 34))

@@ -95,7 +95,7 @@ def test_a_head_that_is_adapted_or_tied_learns_the_same(
     if how == "tied":
         rig.model.lm_head.weight = rig.model.get_input_embeddings().weight
     else:
-        names = {"target_modules": ["q_proj"], **{how: ["lm_head"]}}
+        names = {"target_modules": ["q_proj"], how: ["lm_head"]}
         rig.model = get_peft_model(rig.model, LoraConfig(r=4, init_lora_weights=False, **names)).double()
-        assert any("lm_head" in name for name, gradient in rig.gradients().items())
+        assert any("lm_head" in name for name in rig.gradients())
     assert_trains_like_all_logits(rig, 0.6)
