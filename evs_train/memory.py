@@ -4,8 +4,8 @@ Weights, gradients and optimizer states follow from the number of parameters, th
 Activations are a rough term: 34 bytes per token, hidden unit and layer in bfloat16 (Korthikanti et al. 2022, "Reducing
 Activation Recomputation", without the scores of attention, which fused kernels do not store), or 2 of them plus one
 whole layer with gradient checkpointing. Logits are computed for supervised tokens only and take 12 bytes per
-vocabulary entry: log-probabilities and two gradients in float32. A teacher's pass is taken for another such one, and has
-8 bytes more (tests/test_memory.py counts both).
+vocabulary entry: log-probabilities and two gradients in float32. A teacher's pass is taken for another such one, and
+has 8 bytes more (tests/test_memory.py counts both).
 
 Not counted: the vision tower's activations, gathered layers and buckets of DeepSpeed, the mixture's routing, Mamba's
 states, fragmentation, and the CUDA context (together often several GiB). Nothing of it was measured on a GPU.

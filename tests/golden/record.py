@@ -50,7 +50,7 @@ def curve(family: str, folder: Path, nudge: int | None = None) -> list[float]:
 
 
 def show_nudged(folder: Path) -> None:
-    """The largest relative distance from the recorded curve over four nudges, in the first ten steps and in the rest."""
+    """The largest relative distances from the recorded curve over four nudges: in ten steps, and in the other ten."""
     for family, recorded in json.loads(CURVES.read_text()).items():
         far = [0.0] * len(recorded)
         for nudge in range(4):
