@@ -113,9 +113,13 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
     lengths = sorted(row.full.num_tokens for row in planned)
     longest = sorted(planned, key=lambda row: -row.full.num_tokens)[:NUM_LONGEST]
     model = run.planned_model()
+    usage = schedule.usage() if isinstance(schedule, BudgetBatches) else None
     batch = recipe.data.max_tokens_per_batch or sum(lengths[-recipe.train.batch_size :])
-    if recipe.objective.kind == "sandwich":  # all passes are held at once, the lowest rate's the longest
-        batch *= 1 + len(recipe.objective.further_passes)
+    supervised = sorted(row.full.num_supervised for row in planned)
+    trained_on = sum(supervised[-recipe.train.batch_size :]) if usage is None else usage.most_supervised
+    num_passes = 1 + len(recipe.objective.further_passes)  # all their logits are held at once
+    if recipe.objective.kind == "sandwich":  # and all else of them, the lowest rate's the longest
+        batch *= num_passes
     file = None if recipe.deepspeed is None else deepspeed_file(recipe.deepspeed)
     return Report(
         counts={
@@ -134,7 +138,7 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
         tokens={f"{rate:g}": _tokens(planned, rate, cap=recipe.evs.cap) for rate in RATES},
         longest=[(row.sample_id, row.full.num_tokens) for row in longest],
         refused=refused,
-        supervised_share=sum(row.full.num_supervised for row in planned) / max(sum(lengths), 1),
+        supervised_share=sum(supervised) / max(sum(lengths), 1),
         labels=_labels(run, known, rows),
         parts=part_sizes(model, run.family),
         memory=estimate_memory(
@@ -143,12 +147,13 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
             recipe,
             None if file is None else json.loads(file.read_text(encoding="utf-8")),
             num_tokens=batch,
+            num_logits=num_passes * trained_on,
             num_processes=run.world_size,
         ),
         num_steps=schedule.num_steps,
         step=schedule.describe(),
         rows_per_step=schedule.draws_before(schedule.num_steps) / schedule.num_steps,
-        usage=schedule.usage() if isinstance(schedule, BudgetBatches) else None,
+        usage=usage,
         index=probed.place,
         backends=probed.backends,
     )

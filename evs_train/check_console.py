@@ -36,8 +36,9 @@ def show_report(report: Report, console: Console) -> None:
     console.print(
         f"Estimated memory per GPU with {memory.num_processes} process(es), in GiB: weights {memory.weights:.1f}, "
         f"gradients {memory.gradients:.1f}, optimizer {memory.optimizer:.1f}, and roughly {memory.activations:.1f} for "
-        f"the language model's activations on {batch} ({memory.num_tokens:,} tokens); together "
-        f"{memory.total:.1f}. Not counted: the vision tower's activations, communication buffers, fragmentation.",
+        f"the language model's activations on {batch} ({memory.num_tokens:,} tokens, logits for "
+        f"{memory.num_logits:,}); together {memory.total:.1f}. Not counted: the vision tower's activations, "
+        "communication buffers, fragmentation.",
         highlight=False,
     )
     console.print(f"{report.num_steps} steps of {report.step}. Index: {report.index}", soft_wrap=True)

@@ -3,10 +3,12 @@
 Weights, gradients and optimizer states follow from the number of parameters, the tuning and the DeepSpeed stage.
 Activations are a rough term: 34 bytes per token, hidden unit and layer in bfloat16 (Korthikanti et al. 2022, "Reducing
 Activation Recomputation", without the scores of attention, which fused kernels do not store), or 2 of them plus one
-whole layer with gradient checkpointing; and 10 bytes per token and vocabulary entry for logits and their loss.
+whole layer with gradient checkpointing. Logits are computed for supervised tokens only and take 12 bytes per
+vocabulary entry: log-probabilities and two gradients in float32. A teacher's pass is taken for another such one, and
+has 8 bytes more (tests/test_memory.py counts both).
 
 Not counted: the vision tower's activations, gathered layers and buckets of DeepSpeed, the mixture's routing, Mamba's
-states, fragmentation, and the CUDA context (together often several GiB). Nothing of it was measured.
+states, fragmentation, and the CUDA context (together often several GiB). Nothing of it was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """GiB on each GPU. `activations` is for `num_tokens` tokens of one micro-batch, and rough."""
+    """GiB on each GPU. `activations` is for `num_tokens` tokens of one micro-batch, logits for `num_logits`; rough."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
     num_tokens: int
+    num_logits: int
     num_processes: int
 
     @property
@@ -48,6 +51,7 @@ def estimate_memory(
     deepspeed: Mapping[str, Any] | None,
     *,
     num_tokens: int,
+    num_logits: int,
     num_processes: int,
 ) -> MemoryEstimate:
     """Estimate for a model without weights.
@@ -56,6 +60,7 @@ def estimate_memory(
         model: as it would be trained (`Run.planned_model`).
         deepspeed: the DeepSpeed configuration, or None.
         num_tokens: of one micro-batch, after pruning.
+        num_logits: supervised tokens of one micro-batch, in all passes that it makes.
     """
     parts = part_sizes(model, family)
     total, trained = sum(part.total for part in parts), sum(part.trainable for part in parts)
@@ -71,13 +76,14 @@ def estimate_memory(
         weights=0.0 if "offload_param" in zero else weights / (num_processes if stage >= 3 else 1) / GIB,
         gradients=gradients / (num_processes if stage >= 2 else 1) / GIB,
         optimizer=0.0 if "offload_optimizer" in zero else optimizer / (num_processes if stage >= 1 else 1) / GIB,
-        activations=_activations(model, family, recipe, num_tokens) / GIB,
+        activations=_activations(model, family, recipe, num_tokens, num_logits) / GIB,
         num_tokens=num_tokens,
+        num_logits=num_logits,
         num_processes=num_processes,
     )
 
 
-def _activations(model: nn.Module, family: Family, recipe: Recipe, num_tokens: int) -> float:
+def _activations(model: nn.Module, family: Family, recipe: Recipe, num_tokens: int, num_logits: int) -> float:
     plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     vocabulary, hidden = plain.get_input_embeddings().weight.shape
     num_layers = max(
@@ -93,4 +99,4 @@ def _activations(model: nn.Module, family: Family, recipe: Recipe, num_tokens: i
     recomputes = checkpointing is True or (checkpointing and "language_model" in checkpointing)
     stored = 2 * halves * hidden * num_layers + per_layer if recomputes else None
     of_layers = per_layer * num_layers if stored is None else stored
-    return float(num_tokens * (of_layers + 10 * vocabulary))
+    return float(num_tokens * of_layers + 12 * num_logits * vocabulary)

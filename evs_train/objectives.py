@@ -1,10 +1,10 @@
-"""Objectives beyond cross-entropy at one drawn rate: which passes a step makes, and the KL to a dense teacher.
+"""What a step minimises: losses of supervised tokens, which passes it makes, and the KL to a dense teacher.
 
 All passes of a step run over one encoding of its media (`prune.EvsHook`) and have the same supervised tokens in the
 same order, so logits of two passes can be compared token by token. docs/objectives.md has the formulas.
 
-Invariant: sums over supervised tokens only; the trainer divides by their number over all ranks and micro-batches, as it
-does for the cross-entropy. Cost: three float32 copies of the logits at the S supervised places, and their gradient.
+Invariant: sums over supervised tokens only; the trainer divides by their number over all ranks and micro-batches. Cost:
+one float32 copy of the logits (S, V) of each pass and its gradient; for the KL two more.
 This module does not run a model.
 """
 
@@ -42,6 +42,14 @@ def supervised_places(labels: Tensor, num_supervised: int) -> tuple[Tensor, Tens
     targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()  # of the token that each place predicts
     places = torch.argsort((targets == IGNORE_INDEX).int(), stable=True)[:num_supervised]
     return places, targets[places]
+
+
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """(S,) float32 losses of S supervised tokens; logits (S, V).
+
+    Taken in float32 whatever the model's dtype, as transformers does (read: `ForCausalLMLoss`).
+    """
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def teacher_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 It runs on the model that the trainer was given, inside forward, hence inside DDP, DeepSpeed and FSDP, and leaves the
 model's class, `state_dict` and `save_pretrained` alone. Ids, labels, positions and features are moved together by one
-index, into the shapes that the host half planned (`collate.py`).
+index, into the shapes that the host half planned (`collate.py`). The output layer is handed the hidden states that
+predict supervised tokens, and no others: with a large vocabulary, logits are the largest tensor of a step.
 
 Invariants: the number of supervised tokens never changes; at rate 0 the batch is the unpruned one; attention is always
 told where rows begin and end (`_attention`), since without it transformers takes the position gaps that pruning leaves
@@ -80,17 +81,9 @@ def compact(batch: dict[str, Any], selected: Sequence[Tensor], pad_token_id: int
 
 @dataclass(frozen=True)
 class Pass:
-    """What a further pass over a batch's encoding gave.
-
-    Attributes:
-        plan: of this pass.
-        labels: (B, L') of its pruned batch.
-        outputs: of the model: `loss` and `logits` (B, L', V). A teacher's have no loss, and `logits` (1, S, V) at the
-            places that predict the S supervised tokens.
-    """
+    """What a further pass over a batch's encoding gave: its plan, and the outputs of the model, logits (1, S, V)."""
 
     plan: BatchPlan
-    labels: Tensor
     outputs: Any
 
 
@@ -98,6 +91,8 @@ class Pass:
 class EvsHook:
     """Device half: a forward pre-hook that prunes a batch of `Collator` on its way into the model.
 
+    The model is given no labels and returns no loss: its logits (1, S, V) are those that predict the batch's S
+    supervised tokens, in reading order (`targets`).
     A forward call without a `plan` (generation, plain evaluation) passes through untouched.
     Further passes of a batch run first, inside the same call of whatever wraps the module: DDP copies buffers at each
     of its own calls, over what an earlier pass has saved for backward.
@@ -110,9 +105,9 @@ class EvsHook:
             at least one medium (a blank one, of which nothing is kept), or its gradients would be missing elsewhere.
         equal_calls: all ranks must call the tower equally often, as ZeRO-3 needs: its modules gather their weights by
             collectives.
-        teacher: the further pass is a teacher: without gradient and dropout, logits at supervised places only.
+        teacher: the further pass is a teacher: without gradient and dropout.
         autocast: makes the mixed-precision context that the forward runs in.
-        labels: (B, L') labels of the last pruned batch.
+        targets: (S,) supervised tokens of the last batch, the same in all its passes.
         passes: what the further passes of the last batch gave, in its order.
         kept: (planned video, (K,) selected) of every video whose plan carries frames, until somebody clears it.
     """
@@ -126,7 +121,7 @@ class EvsHook:
     teacher: bool = False
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    labels: Tensor = field(default_factory=lambda: torch.empty(0))
+    targets: Tensor = field(default_factory=lambda: torch.empty(0))
     passes: list[Pass] = field(default_factory=list)
     kept: list[tuple[PlannedItem, Tensor]] = field(default_factory=list)
 
@@ -143,36 +138,40 @@ class EvsHook:
         self.passes = []
         for of_pass in batch.pop("further", ()):
             self.passes.append(further(module, {**batch, **of_pass}, encoding, kwargs))
-        return args, self._pruned(batch, encoding, kwargs)
+        return args, self._for_training(batch, encoding, kwargs)
 
     def prune(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the plain model's forward for a batch of `Collator` (on the device)."""
-        return self._pruned(batch, self._encode(batch["media"], training=False), {})
+        """Arguments of the plain model's forward, labels included, for a batch of `Collator` (on the device)."""
+        return self._pruned(batch, self._encode(batch["media"], self.model.training), {})
 
     def _further_pass(
         self, module: nn.Module, batch: dict[str, Any], encoding: Encoding, others: dict[str, Any]
     ) -> Pass:
-        inputs = self._pruned(batch, encoding, others)
+        inputs = self._for_training(batch, encoding, others)
         with self.stopwatch.section("further_passes"):
             # Not module(...): frameworks' hooks on the outermost module stand for the whole call, which has begun.
-            outputs = module.forward(**inputs)
-        return Pass(batch["plan"], self.labels, outputs)
+            return Pass(batch["plan"], module.forward(**inputs))
 
     def _teacher_pass(
         self, module: nn.Module, batch: dict[str, Any], encoding: Encoding, others: dict[str, Any]
     ) -> Pass:
         with torch.no_grad(), _without_dropout(module):
-            inputs = self._pruned(batch, encoding, others)
-            del inputs["labels"]
-            places, _ = supervised_places(self.labels, sum(batch["plan"].num_supervised))
-            head = self.family.output_embeddings(self.model)
-            handle = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[places][None],))
-            try:
-                with self.stopwatch.section("further_passes"):
-                    outputs = module.forward(**inputs)
-            finally:
-                handle.remove()
-        return Pass(batch["plan"], self.labels, outputs)
+            return self._further_pass(module, batch, encoding, others)
+
+    def _for_training(self, batch: dict[str, Any], encoding: Encoding, others: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a forward whose logits predict supervised tokens only, by a hook on the output layer.
+
+        The hook is for one call of that layer. Not every family's forward takes `logits_to_keep`.
+        """
+        inputs = self._pruned(batch, encoding, others)
+        places, self.targets = supervised_places(inputs.pop("labels"), sum(batch["plan"].num_supervised))
+
+        def gather(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            handle.remove()
+            return (args[0].flatten(0, 1).index_select(0, places)[None],)  # (B, L', D) -> (1, S, D)
+
+        handle = self.family.output_embeddings(self.model).register_forward_pre_hook(gather)
+        return inputs
 
     def _pruned(self, batch: dict[str, Any], encoding: Encoding, others: dict[str, Any]) -> dict[str, Any]:
         plan: BatchPlan = batch["plan"]
@@ -193,7 +192,6 @@ class EvsHook:
             features = [(planned.item.kind, next(remaining[planned.item.kind])) for planned in plan.items]
             pruned = compact(batch, selected, self.family.pad_token_id)
         attention = self._attention(plan, batch["index"]["boundaries"], pruned.pop("documents"))
-        self.labels = pruned["labels"]
         self.kept += [(p, chosen) for p, chosen in zip(plan.videos, selected, strict=True) if p.frames is not None]
         with self.autocast():
             return self.family.forward_inputs(self.model, {**others, **pruned, **attention}, features + blanks)

@@ -1,7 +1,7 @@
 """What a run counts between two logs: what was pruned, and the loss by rate and by pass.
 
-Invariant: local to a rank until `collect` sums over ranks. Cost: one gather of supervised logits without gradient per
-pass, one all-reduce of a few numbers per log. This module computes no loss that is trained on.
+Invariant: local to a rank until `collect` sums over ranks. Cost: a sum of the losses per pass, one all-reduce of a few
+numbers per log. This module computes no loss.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from evs_train.collate import BatchPlan
-from evs_train.objectives import supervised_places
 
 RATE_BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Upper ends (inclusive) of the buckets in which the loss is reported; the first is for videos that stayed dense."""
@@ -64,12 +62,8 @@ class Tally:
         self._bucket_tokens = [0.0] * _NUM_BUCKETS
         self._losses: Tensor | None = None  # of each bucket, then of each name
 
-    def add(self, plan: BatchPlan, logits: Tensor, labels: Tensor) -> Tensor:
-        """Count one micro-batch. `logits` (B, L, V) and `labels` (B, L) are those of the pruned batch.
-
-        Returns:
-            The sum of its cross-entropies, a float64 scalar.
-        """
+    def add(self, plan: BatchPlan) -> None:
+        """Count one micro-batch, its passes apart."""
         applied = plan.applied_rates
         seen = {
             "rows": len(plan.draws),
@@ -84,20 +78,18 @@ class Tally:
         }
         for name, value in seen.items():
             self._counts[name] += value
-        return self.add_pass(plan, logits, labels)
 
-    def add_pass(self, plan: BatchPlan, logits: Tensor, labels: Tensor) -> Tensor:
-        """Count the tokens and the loss by rate of one pass that is trained on; arguments and result as of `add`."""
+    def add_pass(self, plan: BatchPlan, losses: Tensor, name: str | None = None) -> None:
+        """Count the tokens of one pass that is trained on, and its losses (S,) by rate and in the sum `name`."""
         self.add_computed(plan)
         buckets = [bucket_of(rate) for rate in plan.applied_rates]
         for bucket, count in zip(buckets, plan.num_supervised, strict=True):
             self._bucket_tokens[bucket] += count
-        places, targets = supervised_places(labels, sum(plan.num_supervised))
-        predicted = logits.detach().flatten(0, 1)[places]  # (B, L, V) -> (S, V); the flattening is a view
-        losses = F.cross_entropy(predicted.float(), targets, reduction="none").double()
+        exact = losses.detach().double()
         of_token = torch.tensor(buckets).repeat_interleave(torch.tensor(plan.num_supervised))
-        self._sums(logits.device).index_add_(0, of_token.to(logits.device, non_blocking=True), losses)
-        return losses.sum()
+        self._sums(losses.device).index_add_(0, of_token.to(losses.device, non_blocking=True), exact)
+        if name is not None:
+            self.add_sum(name, exact.sum())
 
     def add_computed(self, plan: BatchPlan) -> None:
         """Count the tokens that one pass computes."""

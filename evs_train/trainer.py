@@ -3,15 +3,16 @@
 What differs from the plain Trainer, and why:
 - the loader reads the micro-batches of `data/schedule.py` in their order, so rows and rates do not depend on the number
   of processes;
-- the loss is the sum over supervised tokens divided by their number over all ranks and micro-batches. (transformers'
-  Qwen classes say `accepts_loss_kwargs = False`, which would average averages; their forward does take the count.)
+- the loss is the sum over supervised tokens divided by their number over all ranks and micro-batches. The model is
+  given no labels: it computes logits of those tokens only (`prune.py`), and the loss is taken here;
 - a step may make further passes over its media (`objective`), whose losses are summed before the one backward;
 - learning rates by part, and metrics that say what pruning did;
 - bad samples are counted over all ranks before a step's batches are used, so that all ranks end in the same step.
 
 Invariant: one optimizer step's loss and gradient are the same for any split of its draws over ranks and micro-batches,
-up to rounding. Cost over the plain Trainer: what `tally.py` counts, and one all-reduce of three numbers per step that
-keeps count of bad samples over all ranks (where transformers has waited for the device already, to move the batch).
+up to rounding, and those of the loss over all logits. Cost over the plain Trainer: what `tally.py` counts, and one
+all-reduce of three numbers per step that keeps count of bad samples over all ranks (where transformers has waited for
+the device already, to move the batch).
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -33,8 +33,8 @@ from evs_train.collate import BatchPlan
 from evs_train.config import ObjectiveSection, OptimSection
 from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
 from evs_train.models.tuning import parameter_groups
-from evs_train.objectives import supervised_places, teacher_kl
-from evs_train.prune import EvsHook
+from evs_train.objectives import cross_entropies, teacher_kl
+from evs_train.prune import EvsHook, Pass
 from evs_train.tally import BACKENDS, Tally
 
 
@@ -153,40 +153,40 @@ class UptrainTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        assert num_items_in_batch is not None  # every batch has labels
         plan: BatchPlan = inputs["plan"]
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.hook.family.averages_loss and num_items_in_batch is not None:
-            loss = loss * sum(plan.num_supervised) / num_items_in_batch
-        with torch.no_grad():
-            drawn = self.tally.add(plan, outputs["logits"], self.hook.labels)
-        if self.objective.further_passes:
-            assert num_items_in_batch is not None  # a training step has a count
-            self.tally.add_sum("pass_drawn", drawn)
-            further = self._teacher_loss if self.objective.kind == "teacher" else self._sandwich_loss
-            loss = further(plan, loss, outputs["logits"], self.accelerator.num_processes / num_items_in_batch)
-            self.hook.passes = []  # their logits need not wait for the next step
+        outputs = model(**inputs)
+        self.tally.add(plan)
+        further, passes = self.objective.further_passes, self.hook.passes
+        loss = self._loss_of(plan, outputs, "pass_drawn" if further else None)
+        if self.objective.kind == "teacher":
+            loss = loss + self.objective.teacher_weight * self._kl_to(passes[0], outputs)
+        elif further:
+            for rate, one in zip(further, passes, strict=True):
+                loss = loss + self._loss_of(one.plan, one.outputs, f"pass_{rate}")
+            loss = loss / (1 + len(passes))
+        self.hook.passes = []  # their logits need not wait for the next step
+        loss = loss * self.accelerator.num_processes / num_items_in_batch  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_loss(self, plan: BatchPlan, loss: Tensor, logits: Tensor, share: Tensor | float) -> Tensor:
-        """`loss` and the weighted KL. `share`: what one token counts, times the ranks averaged over."""
-        (teacher,) = self.hook.passes
-        places, targets = supervised_places(self.hook.labels, sum(plan.num_supervised))
-        expected = teacher.outputs["logits"][0]  # (S, V)
-        kl = teacher_kl(logits.flatten(0, 1)[places], expected, self.objective.temperature)
-        self.tally.add_computed(teacher.plan)
-        self.tally.add_sum("pass_teacher", F.cross_entropy(expected.float(), targets, reduction="sum"))
-        self.tally.add_sum("teacher_kl", kl)
-        return loss + self.objective.teacher_weight * share * kl
+    def _loss_of(self, plan: BatchPlan, outputs: Any, name: str | None) -> Tensor:
+        """The loss of a pass that is trained on, summed over its supervised tokens; counted as `name`."""
+        losses = cross_entropies(outputs["logits"][0], self.hook.targets)
+        self.tally.add_pass(plan, losses, name)
+        loss = losses.sum()
+        if outputs.get("aux_loss") is not None:  # of the routers of experts, where the checkpoint's config asks for it
+            weight = self.hook.model.config.get_text_config().router_aux_loss_coef
+            loss = loss + weight * sum(plan.num_supervised) * outputs["aux_loss"]
+        return loss
 
-    def _sandwich_loss(self, plan: BatchPlan, loss: Tensor, logits: Tensor, share: Tensor | float) -> Tensor:
-        """The mean of `loss` and the further passes' losses."""
-        for name, one in zip(self.objective.further_passes, self.hook.passes, strict=True):
-            with torch.no_grad():
-                self.tally.add_sum(f"pass_{name}", self.tally.add_pass(one.plan, one.outputs["logits"], one.labels))
-            mean = self.hook.family.averages_loss  # of the micro-batch, instead of its part of the step's loss
-            scale = share * sum(plan.num_supervised) if mean else self.accelerator.num_processes
-            loss = loss + one.outputs["loss"] * scale
-        return loss / (1 + len(self.hook.passes))
+    def _kl_to(self, teacher: Pass, outputs: Any) -> Tensor:
+        """KL to the teacher's prediction, summed over supervised tokens."""
+        expected = teacher.outputs["logits"][0]  # (S, V)
+        kl = teacher_kl(outputs["logits"][0], expected, self.objective.temperature)
+        self.tally.add_computed(teacher.plan)
+        self.tally.add_sum("pass_teacher", cross_entropies(expected, self.hook.targets).sum())
+        self.tally.add_sum("teacher_kl", kl)
+        return kl
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

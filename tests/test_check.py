@@ -142,6 +142,19 @@ def test_counts_and_percentiles(recipe: Callable[..., Recipe]) -> None:
     assert "[" in "".join(text for text, trained in report.labels if not trained)
 
 
+def test_logits_are_counted_for_the_most_supervised_tokens(recipe: Callable[..., Recipe]) -> None:
+    """Of the rows, or of the planned micro-batches; and for every pass of a step."""
+    run = Run(recipe(train__batch_size=2))
+    *_, second, first = sorted(row.full.num_supervised for row in run.plan(num_workers=0))  # type: ignore[union-attr]
+    assert check(run, num_workers=0).memory.num_logits == second + first
+    for kind, num_passes in (("teacher", 2), ("sandwich", 3)):
+        several = Run(recipe(train__batch_size=2, objective={"kind": kind}))
+        assert check(several, num_workers=0).memory.num_logits == num_passes * (second + first)
+    planned = check(Run(recipe(train__batch_size=1, data__max_tokens_per_batch=500)), num_workers=0)
+    assert planned.usage is not None
+    assert planned.memory.num_logits == planned.usage.most_supervised >= first
+
+
 def test_a_folder_that_cannot_be_written(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     run = Run(recipe(data__index=tmp_path / "file" / "media.arrow"))

@@ -70,6 +70,7 @@ class Usage:
         imbalance: by how much the largest of the micro-batches computed at the same time is above their mean.
         shortened: draws that are shown with fewer frames.
         replaced: draws that show another row, because theirs is refused or too long.
+        most_supervised: the most tokens of a micro-batch that are trained on.
     """
 
     fill: float
@@ -77,6 +78,7 @@ class Usage:
     imbalance: float
     shortened: int
     replaced: int
+    most_supervised: int
 
 
 class BudgetBatches:
@@ -111,7 +113,7 @@ class BudgetBatches:
         self.per_step, self.at_once, self.max_attempts = per_step, at_once, max_attempts
         self._draws, self._attempts, self._lengths = array("q"), array("i"), array("q")
         self._starts = array("q", [0])  # of each micro-batch in these
-        self._num_shortened = 0
+        self._num_shortened = self._most_supervised = 0
         self._rate = lru_cache(maxsize=1 << 16)(rates.of_video)
         self.num_steps = self._plan(num_steps, num_draws)
         self._rate.cache_clear()
@@ -160,6 +162,7 @@ class BudgetBatches:
             imbalance=excess / len(groups),
             shortened=self._num_shortened,
             replaced=sum(attempt > 0 for attempt in self._attempts),
+            most_supervised=self._most_supervised,
         )
 
     def _plan(self, num_steps: int | None, num_draws: int) -> int:
@@ -223,6 +226,7 @@ class BudgetBatches:
             self._num_shortened += one.level > 0
             self._lengths.append(one.num_tokens)
         self._starts.append(len(self._draws))
+        self._most_supervised = max(self._most_supervised, sum(one.length.num_supervised for one in batch))
 
     def _size(self, lengths: Sequence[int]) -> int:
         """Tokens of the tensors that rows of these lengths make."""

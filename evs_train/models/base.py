@@ -55,7 +55,6 @@ class Family(ABC):
         shares_encoder: images and videos run through the same modules, so either one gives all of them a gradient.
         attention_only: tokens meet in attention and nowhere else, so dropping a token equals masking it, and rows can
             be packed. Recurrent layers see a shorter sequence instead, and take no borders between documents.
-        averages_loss: its forward returns the mean over a micro-batch and takes no count of the whole batch's tokens.
         position_rules: the values of `evs.positions` that this family has; see `Positions`.
     """
 
@@ -70,7 +69,6 @@ class Family(ABC):
     end_of_turn: ClassVar[str] = ""
     shares_encoder: ClassVar[bool]
     attention_only: ClassVar[bool] = True
-    averages_loss: ClassVar[bool] = False
     position_rules: ClassVar[tuple[Positions, ...]] = ("preserve",)
 
     def __init__(

@@ -45,7 +45,6 @@ class NemotronNanoVLV2(Family):
     )  # fmt: skip
     shares_encoder: ClassVar[bool] = True
     attention_only: ClassVar[bool] = False
-    averages_loss: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -84,6 +84,7 @@ def test_no_micro_batch_is_above_the_budget(packing: bool, per_sample: bool) -> 
         sizes.append(sum(lengths) if packing else len(lengths) * max(lengths))
     assert max(sizes) <= TOKENS
     assert np.mean(sizes) > 0.85 * TOKENS
+    assert plan.usage().most_supervised == max(10 * len(plan.batch(number).slots) for number in numbers(plan))
 
 
 @pytest.mark.parametrize("packing", [False, True])

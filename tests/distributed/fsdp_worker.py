@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from evs_train.objectives import cross_entropies
 from evs_train.prune import EvsHook
 from tests.parity.rig import Rig
 
@@ -51,7 +52,7 @@ def run(rig: Rig, rank: int = 0, world: int = 1, equal_calls: bool = False) -> l
     for of_ranks in STEPS:
         batch = rig.batch(of_ranks[rank] if world > 1 else of_ranks[0] + of_ranks[1], RATE)
         tokens = summed(torch.tensor(sum(batch["plan"].num_supervised)), world)
-        loss = model(**batch, num_items_in_batch=tokens).loss
+        loss = cross_entropies(model(**batch).logits[0], hook.targets).sum() / tokens
         (loss * world).backward()  # FSDP takes the mean over processes; this loss is to be summed over them
         norm: Tensor = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -52,5 +52,5 @@ def test_rate_zero_is_exact_in_bfloat16(tiny_checkpoint: Callable[[str], Path], 
     config, ids = rig.family.config, batch["input_ids"]
     kinds = (ids == config.image_token_id).long() + 2 * (ids == config.video_token_id).long()
     plain = rig.model(input_ids=ids, attention_mask=attention_mask(batch), mm_token_type_ids=kinds, **batch["media"])
-    pruned, _ = rig.forward(batch)
+    pruned, _ = rig.full(batch)
     assert torch.equal(pruned.logits, plain.logits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,26 +14,27 @@ from evs_train.models.loading import load_weights
 from evs_train.models.tuning import apply_tuning, encoder_trains, part_of
 from evs_train.prune import EvsHook
 from tests.models.test_loading import LORA_TARGETS
-from tests.parity.rig import Rig
+from tests.parity.rig import Rig, mean_loss
 
 ALL = ("two", "image", "text", "still", "both")
 LR = 1e-3
 
-Tuned = Callable[[TuningSection], tuple[nn.Module, Rig]]
+Tuned = Callable[[TuningSection], tuple[nn.Module, Rig, EvsHook]]
 
 
 @pytest.fixture
 def tuned(family_name: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> Tuned:
-    """Makes a fresh model of the family, tuned and with its hook, and the rig that makes its batches."""
+    """Makes a fresh model of the family, tuned, the rig that makes its batches, and its hook."""
 
-    def make(tuning: TuningSection) -> tuple[nn.Module, Rig]:
+    def make(tuning: TuningSection) -> tuple[nn.Module, Rig, EvsHook]:
         rig = rig_of(family_name, tiny_checkpoint(family_name), mixed_rows)
         section = ModelSection(path=str(tiny_checkpoint(family_name)), dtype="float32")
         torch.manual_seed(0)
         plain = load_weights(section, rig.family.config, torch.float32)
         model = apply_tuning(plain, rig.family, tuning).train()
-        EvsHook(rig.family, plain, encoder_trains=encoder_trains(model, rig.family)).attach(model)
-        return model, rig
+        hook = EvsHook(rig.family, plain, encoder_trains=encoder_trains(model, rig.family))
+        hook.attach(model)
+        return model, rig, hook
 
     return make
 
@@ -59,7 +59,7 @@ def test_adapters_train_and_nothing_else(
 ) -> None:
     wanted: set[str] = {LORA_TARGETS[family_name, part] for part in parts}
     lora = LoraSection(r=4, parts=list(parts), targets=None if parts == ("language_model",) else sorted(wanted))
-    model, rig = tuned(TuningSection(method="lora", lora=lora))
+    model, rig, hook = tuned(TuningSection(method="lora", lora=lora))
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     base = {name: p.clone() for name, p in model.named_parameters() if name not in adapters}
     assert {part_of(name, rig.family) for name in adapters} == set(parts)
@@ -68,7 +68,7 @@ def test_adapters_train_and_nothing_else(
     optimizer = torch.optim.AdamW(adapters.values(), lr=LR, weight_decay=0.0)
     losses = []
     for step in range(3):
-        loss = model(**rig.batch(ALL, 0.5)).loss
+        loss = mean_loss(model(**rig.batch(ALL, 0.5)), hook)
         loss.backward()
         losses.append(loss.item())
         found = gradients(model)
@@ -92,12 +92,11 @@ FREEZE: list[list[Part]] = [["vision"], ["vision", "projector"], ["language_mode
 
 @pytest.mark.parametrize("freeze", FREEZE, ids="+".join)
 def test_gradients_reach_exactly_what_is_not_frozen(tuned: Tuned, freeze: list[Part]) -> None:
-    model, rig = tuned(TuningSection(freeze=freeze))
+    model, rig, hook = tuned(TuningSection(freeze=freeze))
     trained = {n for n, _ in model.named_parameters() if part_of(n, rig.family) in set(PARTS) - set(freeze)}
     for names in (ALL, ("image", "text"), ("text",)):
         model.zero_grad(set_to_none=True)
-        out: Any = model(**rig.batch(names, 0.5))
-        out.loss.backward()
+        mean_loss(model(**rig.batch(names, 0.5)), hook).backward()
         found = gradients(model)
         assert found.keys() == trained, names
         heard = {part_of(name, rig.family) for name, gradient in found.items() if gradient.any()}
@@ -107,5 +106,5 @@ def test_gradients_reach_exactly_what_is_not_frozen(tuned: Tuned, freeze: list[P
 
 def test_training_keeps_no_cache(tuned: Tuned) -> None:
     """Keys, values and states of all layers would be held for nothing, and Mamba's training kernel would not run."""
-    model, rig = tuned(TuningSection(freeze=[]))
+    model, rig, _ = tuned(TuningSection(freeze=[]))
     assert model(**rig.batch(("two",), 0.5)).past_key_values is None

@@ -124,9 +124,7 @@ def test_rows_with_one_and_several_images_in_one_batch(family: Family, model: An
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         plain = model(**inputs)
-        handle = EvsHook(family, model).attach(model)
-        ours = model(**batch)
-        handle.remove()
+        ours = model(**EvsHook(family, model).prune(batch))
         del inputs["batch_num_images"]
         with pytest.raises(ValueError, match="tokens"):  # it takes every image for tiled
             model(**inputs)

@@ -23,7 +23,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from evs_train.data.synthetic import write_dataset
 from evs_train.models.tiny import build_tiny
 from evs_train.prune import EvsHook
-from tests.parity.rig import Rig
+from tests.parity.rig import Rig, mean_loss
 
 PROJECTIONS = (("in_proj",), ("out_proj",), ("in_proj", "out_proj"))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,12 +45,13 @@ def adapted(rig: Rig, targets: tuple[str, ...]) -> Any:
 
 def train(rig: Rig, rows: list[str], targets: tuple[str, ...], rate: float, lr: float, steps: int) -> Outcome:
     model = adapted(rig, targets)
-    EvsHook(rig.family, model.get_base_model()).attach(model)
+    hook = EvsHook(rig.family, model.get_base_model())
+    hook.attach(model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=lr)
     outcome = Outcome([], [], True)
     for step in range(steps):
-        loss = model(**rig.batch(rows, rate)).loss
+        loss = mean_loss(model(**rig.batch(rows, rate)), hook)
         loss.backward()
         outcome.losses.append(loss.item())
         gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}

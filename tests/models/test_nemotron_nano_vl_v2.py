@@ -267,7 +267,7 @@ def test_rate_zero_equals_the_plain_forward(rig: Rig, names: tuple[str, ...]) ->
     expected.loss.backward()
     wanted = rig.gradients()
     rig.model.zero_grad(set_to_none=True)
-    pruned, _ = rig.forward(batch, encoder_trains=True)
+    pruned, _ = rig.full(batch, encoder_trains=True)
     pruned.loss.backward()
     assert torch.equal(pruned.logits, expected.logits)
     assert torch.equal(pruned.loss, expected.loss)
@@ -283,7 +283,7 @@ def test_kept_tokens_are_those_of_the_slow_reference(rig: Rig, rate: float) -> N
     kept = kept_positions(rig, batch)
     seen: dict[str, Any] = {}
     handle = rig.model.register_forward_hook(lambda m, a, kwargs, out: seen.update(kwargs), with_kwargs=True)
-    _, hook = rig.forward(batch)
+    _, labels = rig.full(batch)
     handle.remove()
     assert batch["plan"].video_tokens_after < batch["plan"].video_tokens_before
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_kept_tokens_are_those_of_the_slow_reference(rig: Rig, rate: float) -> N
     for row in range(3):
         length = batch["plan"].num_tokens[row]
         assert int(seen["attention_mask"][row].sum()) == length
-        assert torch.equal(hook.labels[row, :length], batch["labels"][row, kept[row]])
+        assert torch.equal(labels[row, :length], batch["labels"][row, kept[row]])
         words = batch["input_ids"][row, kept[row]] != rig.family.config.img_context_token_id
         assert torch.equal(seen["inputs_embeds"][row, :length][words], text[row, kept[row]][words])
 
@@ -301,7 +301,7 @@ def test_kept_tokens_are_those_of_the_slow_reference(rig: Rig, rate: float) -> N
 
 @pytest.mark.parametrize("kind", ["uptrain", "teacher", "sandwich"])
 def test_accumulation_does_not_change_the_loss(kind: str, checkpoint: Path, mixed_rows: Path, tmp_path: Path) -> None:
-    """Its forward averages over a micro-batch; rows of one step differ in their number of supervised tokens."""
+    """Its own loss would be an average over a micro-batch; rows of one step differ in their supervised tokens."""
     trust = {"model__trust_remote_code": True, "model__dtype": "bfloat16", "model__attn_implementation": "eager"}
     losses = []
     for size in (4, 1):

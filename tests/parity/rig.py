@@ -20,6 +20,7 @@ from evs_train.data.rows import RowReader
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.loading import load_family, load_weights
+from evs_train.objectives import cross_entropies
 from evs_train.prune import KINDS, EvsHook, compact
 from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
@@ -68,12 +69,21 @@ class Rig:
         return collator([Examples(0, [self.examples[name] for name in names])])
 
     def forward(self, batch: dict[str, Any], **options: Any) -> tuple[Any, EvsHook]:
+        """As training does it: logits (1, S, V), and their mean cross-entropy as `loss`."""
         hook = EvsHook(self.family, self.model, **options)
         handle = hook.attach(self.model)
         try:
-            return self.model(**batch), hook
+            out = self.model(**batch)
         finally:
             handle.remove()
+        if "plan" in batch:
+            out.loss = mean_loss(out, hook)
+        return out, hook
+
+    def full(self, batch: dict[str, Any], **options: Any) -> tuple[Any, Tensor]:
+        """The plain forward on the pruned batch: all logits and the model's own loss; and the labels (B, L')."""
+        inputs = EvsHook(self.family, self.model, **options).prune(batch)
+        return self.model(**inputs), inputs["labels"]
 
     def attention_arguments(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the hook tells attention about this batch, pruned to the first tokens of each video."""
@@ -88,11 +98,21 @@ class Rig:
         return {name: p.grad if p.grad is None else p.grad.clone() for name, p in trained}
 
 
+def mean_loss(out: Any, hook: EvsHook) -> Tensor:
+    """Of a forward of training, as transformers' forward gives it where no number of tokens is told."""
+    return cross_entropies(out.logits[0], hook.targets).mean()
+
+
 def logits_of_rows(logits: Tensor, plan: BatchPlan) -> list[Tensor]:
     """(L_i, V) logits of each row of a padded or packed batch."""
     if plan.packed:
         return list(logits[0].split(plan.num_tokens))
     return [row[:length] for row, length in zip(logits, plan.num_tokens, strict=True)]
+
+
+def predicting(values: Tensor, labels: Tensor) -> Tensor:
+    """Of values (B, L', ...) those at the places that predict a supervised token of `labels` (B, L')."""
+    return torch.cat([row[:-1][told[1:] != IGNORE_INDEX] for row, told in zip(values, labels, strict=True)])
 
 
 def captured_inputs(rig: Rig, batch: dict[str, Any]) -> dict[str, Any]:

@@ -25,12 +25,12 @@ def test_a_row_is_the_same_alone_and_packed(attention_rig: Rig, rate: float, att
     try:
         batch = rig.batch(ALL, rate, packing=True)
         plan = batch["plan"]
-        packed, hook = rig.forward(batch)
+        packed, labels = rig.full(batch)
         assert packed.logits.shape[:2] == plan.shape == (1, sum(plan.num_tokens))
         for name, found in zip(ALL, logits_of_rows(packed.logits, plan), strict=True):
-            alone, _ = rig.forward(rig.batch((name,), rate))
+            alone, _ = rig.full(rig.batch((name,), rate))
             torch.testing.assert_close(found, alone.logits[0], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
-        assert supervised(hook.labels) == [[token for row in supervised(batch["labels"]) for token in row]]
+        assert supervised(labels) == [[token for row in supervised(batch["labels"]) for token in row]]
     finally:
         rig.model.set_attn_implementation("sdpa")
 

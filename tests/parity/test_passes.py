@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from evs_train.objectives import supervised_places
+from evs_train.data.template import IGNORE_INDEX
 from evs_train.prune import EvsHook
 from evs_train.rates import Rates
 from evs_train.samplers import Fixed
-from tests.parity.rig import Rig, logits_of_rows
+from tests.parity.rig import Rig, mean_loss, predicting
 
 ALL = ("two", "image", "text", "still", "both")
 RATES = (0.0, 0.8)
@@ -41,6 +41,8 @@ def test_passes_over_one_encoding_are_the_plain_passes(rig: Rig, names: tuple[st
     out, hook = rig.forward(rig.batch(names, 0.5, further=further(*RATES)), encoder_trains=True)
     for found, alone in zip([*(one.outputs for one in hook.passes), out], separate, strict=True):
         assert torch.equal(found.logits, alone.logits)
+        found.loss = mean_loss(found, hook)
+        assert torch.equal(found.loss, alone.loss)
         summed = summed + found.loss
     assert [one.plan.rates[0] for one in hook.passes] == list(RATES)
     summed.backward()
@@ -72,19 +74,17 @@ def test_a_teacher_is_the_dense_pass_at_supervised_places(rig: Rig, packing: boo
         pytest.skip("cannot be packed")
     dense = rig.batch(ALL, 0.0, packing=packing)
     with torch.no_grad():
-        expected, hook = rig.forward(dense)
-    places, targets = supervised_places(hook.labels, sum(dense["plan"].num_supervised))
-    out, hook = rig.forward(rig.batch(ALL, 0.5, packing=packing, further=further(0.0)), teacher=True)
+        expected, labels = rig.full(dense)
+    batch = rig.batch(ALL, 0.5, packing=packing, further=further(0.0))
+    out, hook = rig.forward(batch, teacher=True)
     (teacher,) = hook.passes
     logits = teacher.outputs["logits"]
     assert not logits.requires_grad
-    assert logits.shape == (1, len(places), expected.logits.shape[-1])
-    assert torch.allclose(logits[0], expected.logits.flatten(0, 1)[places], rtol=1e-5, atol=1e-6)
-    # and the pruned pass has the same tokens in the same order
-    places, pruned_targets = supervised_places(hook.labels, len(places))
-    assert torch.equal(pruned_targets, targets)
-    rows = logits_of_rows(out.logits, rig.batch(ALL, 0.5, packing=packing)["plan"])
-    assert sum(len(row) for row in rows) < sum(dense["plan"].num_tokens)
+    assert logits.shape == out.logits.shape
+    assert torch.allclose(logits[0], predicting(expected.logits, labels), rtol=1e-5, atol=1e-6)
+    # and the pruned pass predicts the same tokens in the same order
+    assert torch.equal(hook.targets, labels[labels != IGNORE_INDEX])
+    assert sum(batch["plan"].num_tokens) < sum(dense["plan"].num_tokens)
     out.loss.backward()
 
 
@@ -100,17 +100,16 @@ def test_a_teacher_has_no_dropout_and_the_student_has(qwen: Rig) -> None:
     dropped = nn.Sequential(qwen.model.lm_head, nn.Dropout(0.5))
     plain = qwen.model.lm_head
     with torch.no_grad():
-        expected, _ = qwen.forward(qwen.batch(ALL, 0.0))
+        expected, labels = qwen.full(qwen.batch(ALL, 0.0))
     try:
         qwen.model.lm_head = dropped
         batch = qwen.batch(ALL, 0.0, further=further(0.0))
         out, hook = qwen.forward(batch, teacher=True)
     finally:
         qwen.model.lm_head = plain
-    places, _ = supervised_places(hook.labels, sum(batch["plan"].num_supervised))
-    picked = expected.logits.flatten(0, 1)[places]
+    picked = predicting(expected.logits, labels)
     assert torch.allclose(hook.passes[0].outputs["logits"][0], picked, atol=1e-6)
-    assert not torch.allclose(out.logits.flatten(0, 1)[places], picked, atol=1e-2)
+    assert not torch.allclose(out.logits[0], picked, atol=1e-2)
     assert dropped[1].training
 
 

@@ -47,15 +47,15 @@ def test_sequential_positions_have_no_gaps(rig: Rig, packing: bool) -> None:
     for row, length in zip(rows, lengths, strict=True):
         assert row[:length].tolist() == list(range(length))
     # Alone and together stay equal, and at rate 0 the two rules are one.
-    together, _ = rig.forward(batch)
+    together, _ = rig.full(batch)
     for name, found in zip(ALL, logits_of_rows(together.logits, batch["plan"]), strict=True):
-        alone, _ = rig.forward(rig.batch((name,), 0.75, sequential=True))
+        alone, _ = rig.full(rig.batch((name,), 0.75, sequential=True))
         torch.testing.assert_close(found, alone.logits[0], rtol=1e-4, atol=2e-5)
-    dense, _ = rig.forward(rig.batch(("two",), 0.0, sequential=True))
-    preserved, _ = rig.forward(rig.batch(("two",), 0.0))
+    dense, _ = rig.full(rig.batch(("two",), 0.0, sequential=True))
+    preserved, _ = rig.full(rig.batch(("two",), 0.0))
     assert torch.equal(dense.logits, preserved.logits)
-    pruned, _ = rig.forward(rig.batch(("two",), 0.75, sequential=True))
-    gapped, _ = rig.forward(rig.batch(("two",), 0.75))
+    pruned, _ = rig.full(rig.batch(("two",), 0.75, sequential=True))
+    gapped, _ = rig.full(rig.batch(("two",), 0.75))
     assert not torch.allclose(pruned.logits, gapped.logits, atol=1e-3)
 
 

@@ -42,7 +42,7 @@ def test_dropping_equals_masking(attention_rig: Rig, rate: float) -> None:
     batch = rig.batch(MIXED, rate)
     assert len({planned.item.num_units for planned in batch["plan"].videos}) == 2
     kept = kept_positions(rig, batch)
-    dropped, hook = rig.forward(batch)
+    dropped, labels = rig.full(batch)
 
     ids = batch["input_ids"]
     inputs = {"attention_mask": attention_mask(batch) * kept, "position_ids": plain_positions(batch)}
@@ -54,7 +54,7 @@ def test_dropping_equals_masking(attention_rig: Rig, rate: float) -> None:
     for row in range(len(ids)):
         length = batch["plan"].num_tokens[row]
         torch.testing.assert_close(dropped.logits[row, :length], masked[row, kept[row]], rtol=1e-4, atol=2e-5)
-    assert hook.labels.shape[1] < ids.shape[1]
+    assert labels.shape[1] < ids.shape[1]
 
 
 @pytest.mark.capability("dropping a token", "leaves a shorter sequence")
@@ -65,7 +65,7 @@ def test_a_hybrid_sees_the_kept_tokens_as_its_whole_sequence(recurrent_rig: Rig,
     batch = rig.batch(ALL, rate)
     kept, embeds = kept_positions(rig, batch), unpruned_embeds(rig, batch)
     assert not torch.equal(kept, attention_mask(batch).bool()), "nothing was pruned: the test would prove nothing"
-    pruned, _ = rig.forward(batch)
+    pruned, _ = rig.full(batch)
     for row, length in enumerate(batch["plan"].num_tokens):
         positions = batch["position_ids"][:, row : row + 1, kept[row]] if "position_ids" in batch else None
         alone = language_model_logits(
@@ -81,7 +81,7 @@ def test_a_hybrid_that_only_masks_sees_more(recurrent_rig: Rig, rate: float) -> 
     batch = rig.batch(("two",), rate)
     kept, embeds = kept_positions(rig, batch), unpruned_embeds(rig, batch)
     masked = language_model_logits(rig, embeds, kept.long(), batch.get("position_ids"))
-    dropped, _ = rig.forward(batch)
+    dropped, _ = rig.full(batch)
     assert not torch.allclose(dropped.logits[0], masked[0, kept[0]], rtol=1e-4, atol=2e-5)
 
 
@@ -145,9 +145,9 @@ def test_text_separators_and_images_all_stay(rig: Rig) -> None:
 @pytest.mark.parametrize("rate", [0.0, *RATES])
 def test_supervised_tokens_never_change(rig: Rig, names: tuple[str, ...], rate: float) -> None:
     batch = rig.batch(names, rate)
-    _, hook = rig.forward(batch)
+    _, labels = rig.full(batch)
     before = supervised(batch["labels"])
-    assert supervised(hook.labels) == before
+    assert supervised(labels) == before
     assert [len(row) for row in before] == list(batch["plan"].num_supervised)
     assert min(map(len, before)) > 0
 
@@ -169,10 +169,10 @@ def test_a_single_unit_is_never_pruned(rig: Rig) -> None:
 @pytest.mark.capability("padded batch", "yes")
 @pytest.mark.parametrize(("seed", "rate"), [(0, 0.0), *SEEDED[1:]])
 def test_a_row_is_the_same_alone_and_in_a_padded_batch(rig: Rig, rate: float) -> None:
-    together, _ = rig.forward(rig.batch(ALL, rate))
+    together, _ = rig.full(rig.batch(ALL, rate))
     lengths = rig.batch(ALL, rate)["plan"].num_tokens
     for row, name in enumerate(ALL):
-        alone, _ = rig.forward(rig.batch((name,), rate))
+        alone, _ = rig.full(rig.batch((name,), rate))
         torch.testing.assert_close(
             together.logits[row, : lengths[row]],
             alone.logits[0],

@@ -1,4 +1,7 @@
-"""At rate 0 the pruned model is the plain one, bit for bit: logits, loss and every gradient."""
+"""At rate 0 the pruned model is the plain one, bit for bit: logits, loss and every gradient.
+
+Training computes some of these logits only; test_head.py compares that with all of them.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +154,7 @@ def equals_the_plain_forward(rig: Rig, names: tuple[str, ...], encoder_trains: b
     expected = rig.gradients()
     rig.model.zero_grad(set_to_none=True)
 
-    pruned, _ = rig.forward(batch, encoder_trains=encoder_trains)
+    pruned, _ = rig.full(batch, encoder_trains=encoder_trains)
     pruned.loss.backward()
 
     real = attention_mask(batch).bool()  # behind a row's end the plain forward may count positions on
