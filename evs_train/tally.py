@@ -95,7 +95,8 @@ class Tally:
         places, targets = supervised_places(labels, sum(plan.num_supervised))
         predicted = logits.detach().flatten(0, 1)[places]  # (B, L, V) -> (S, V); the flattening is a view
         losses = F.cross_entropy(predicted.float(), targets, reduction="none").double()
-        of_token = torch.tensor(buckets).repeat_interleave(torch.tensor(plan.num_supervised))
+        counts = torch.tensor(plan.num_supervised)
+        of_token = torch.tensor(buckets).repeat_interleave(counts, output_size=len(losses))
         self._sums(logits.device).index_add_(0, of_token.to(logits.device, non_blocking=True), losses)
         return losses.sum()
 

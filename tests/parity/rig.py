@@ -20,9 +20,10 @@ from evs_train.data.rows import RowReader
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.loading import load_family, load_weights
-from evs_train.prune import KINDS, EvsHook, compact
+from evs_train.prune import KINDS, Encoding, EvsHook, compact
 from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
+from evs_train.tally import Tally
 
 SCORED_WITH_DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
 """Families whose engines score the pooled embeddings with the deepstack features behind them (docs/serving.md)."""
@@ -81,6 +82,17 @@ class Rig:
         documents = compact(batch, chosen, self.family.pad_token_id)["documents"]
         hook = EvsHook(self.family, self.model)
         return hook._attention(batch["plan"], batch["index"]["boundaries"], documents)
+
+    def device_half(self, batch: dict[str, Any], encoding: Encoding) -> dict[str, Any]:
+        """What the model is called with, by all that runs on the device beside encoder and model; the loss is counted.
+
+        `encoding`: the features of the batch. The counted loss is that of logits that are all zero.
+        """
+        hook, plan = EvsHook(self.family, self.model), batch["plan"]
+        inputs = hook._pruned(batch, encoding, {})
+        num_ids = len(self.family.processor.tokenizer)
+        Tally().add(plan, torch.zeros(*plan.shape, num_ids, device=hook.labels.device), hook.labels)
+        return inputs
 
     def gradients(self) -> dict[str, Tensor | None]:
         """Gradients of all trained parameters."""
