@@ -74,8 +74,12 @@ class Run(Inputs):
         # Full bfloat16 training needs float32 weights to step on: DeepSpeed keeps its own, otherwise the model does.
         keeps_float32 = recipe.model.dtype == "float32" or (recipe.tuning.method == "full" and recipe.deepspeed is None)
         set_seed(recipe.seed)  # adapters start equal on every rank
-        plain = load_weights(recipe.model, self.family.config, torch.float32 if keeps_float32 else torch.bfloat16)
+        plain = self.read_weights(torch.float32 if keeps_float32 else torch.bfloat16)
         return apply_tuning(plain, self.family, recipe.tuning)
+
+    def read_weights(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The plain model in `dtype`."""
+        return load_weights(self.recipe.model, self.family.config, dtype)
 
     def train(self, report_parts: Callable[[list[PartSize]], None] = lambda parts: None) -> Summary:
         """Train and save to `output_dir/final`; every process must call it."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -133,36 +133,53 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     return Spread.of([one / other for one, other in zip(numerator, denominator, strict=True)])
 
 
-def peak_memory(work: Callable[[], object], device: torch.device, held: int = 0) -> int:
-    """Largest number of bytes that tensors hold on the device while `work` runs once.
+class PeakMemory:
+    """Largest number of bytes that tensors hold on the device between `begin` and `end`.
 
     On a GPU this is torch's own count, of everything that is allocated. On a CPU torch's profiler counts allocations
-    from the beginning of `work`, so `held` (see `bytes_of`) must say what is held before. It is the same quantity: the
-    memory of tensors, without what the process needs beside them or what the allocator keeps for later.
+    from `begin` on, so `held` (see `bytes_of`) must say what is held before. It is the same quantity: the memory of
+    tensors, without what the process needs beside them or what the allocator keeps for later. The profiler slows the
+    work down, so what is measured here on a CPU must not be timed.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    return held + peak_of(profile)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._held = 0
+
+    def begin(self, held: int) -> None:
+        """Start counting. `held`: bytes of tensors that are there already; a GPU knows."""
+        self._held = held
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._profile.start()
+
+    def end(self) -> int:
+        """The peak since `begin`, in bytes."""
+        if self.device.type == "cuda":
+            synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device)
+        self._profile.stop()
+        profiler: Any = self._profile.profiler  # torch leaves parts of it without types
+        events = profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        level = highest = 0
+        for _, change in changes:
+            level += change
+            highest = max(highest, level)
+        return self._held + highest
 
 
-def peak_of(profile: torch.profiler.profile) -> int:
-    """Highest level, in bytes, of the allocations and releases that a CPU profile with `profile_memory` has seen."""
-    profiler: Any = profile.profiler  # torch leaves parts of it without types
-    events = profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    level = highest = 0
-    for _, change in changes:
-        level += change
-        highest = max(highest, level)
-    return highest
+def peak_memory(work: Callable[[], object], device: torch.device, held: int = 0) -> int:
+    """Bytes that tensors hold at most while `work` runs once; see `PeakMemory`."""
+    peak = PeakMemory(device)
+    peak.begin(held)
+    work()
+    return peak.end()
 
 
-def bytes_of(tensors: Sequence[torch.Tensor]) -> int:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the tensors' storages, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
