@@ -16,7 +16,7 @@ How each is counted (a multiplication and an addition are two operations):
 - a Mamba layer's recurrence costs 4 operations for each element of its state and token (one update, one reading, as in
   Dao and Gu 2024, arXiv 2405.21060, section 6), whatever its kernel does;
 - the head counts at supervised tokens alone;
-- with gradient checkpointing whatever has a backward pass is computed once more, but not the head.
+- with gradient checkpointing each layer that has a backward pass is computed once more, up to its last matrix.
 
 Bytes: each matrix is read or written once in each of those passes, and where that takes longer than its products, it
 counts instead; an AdamW update moves 32 bytes for each trained float32 weight (weight, gradient and two moments in,
@@ -26,6 +26,7 @@ softmax, padding and the choice of tokens count nothing: it is a limit. Not for 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -43,6 +44,7 @@ from evs_train.models.tuning import part_of
 
 UPDATE_BYTES = 32
 _SIDE_BY_SIDE = ("q_proj", "k_proj", "v_proj")
+_LAYER = re.compile(r".*\.(layers|layer|blocks)\.\d+\.")
 _NOT_FOR_VIDEO = ".patch_projection"  # RADIO has another one for images
 
 
@@ -63,15 +65,17 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix, or one attention, of a step.
+    """One matrix, one attention or one recurrence of a step.
 
     Attributes:
+        name: of the module that it belongs to.
         flops: of the forward pass.
         bytes: of its weights.
         passes: how often it is computed, the forward pass included.
     """
 
     part: Part
+    name: str
     flops: float
     bytes: float
     passes: float
@@ -119,8 +123,9 @@ def _patches(item: MediaItem, config: Any) -> int:
     """Patches that the tower sees of one temporal unit, and what it puts before them."""
     if config.model_type == "nemotron_h_omni":
         vision = config.vision_config
-        merge = round(1 / config.downsample_ratio)
-        return item.tokens_per_unit * merge * merge + int(vision.num_cls_tokens + vision.num_registers)
+        merge: int = round(1 / config.downsample_ratio)
+        before = int(vision.num_cls_tokens + vision.num_registers)
+        return item.tokens_per_unit * merge * merge + before
     merge = int(config.vision_config.spatial_merge_size)
     return item.tokens_per_unit * merge * merge
 
@@ -153,24 +158,35 @@ def products(model: nn.Module, family: Family, tokens: Tokens, *, checkpointing:
         if part is not None
     ]
     modules.sort(key=lambda entry: (PARTS.index(entry[0]), entry[2] is head))
+    recomputed = _but_the_last([name for _, name, _ in modules])
     reached = False  # something before is trained, so gradients reach this place
     for _, found in groupby(modules, key=lambda entry: _block_of(entry[1])):
         block = list(found)
         trained = any(p.requires_grad for _, _, module in block for p in module.parameters(recurse=False))
         for part, name, module in block:
             count = tokens.supervised if module is head else tokens.of_part[part]
-            again = checkpointing and (reached or trained) and module is not head
+            again = checkpointing and (reached or trained) and name in recomputed
             behind_adapter = ".lora_B." in name
             for flops, weight in _matrices(module, name, count, plain.config):
                 passes = 1 + again + (reached or behind_adapter) + weight.requires_grad
-                yield Product(part, flops, weight.numel() * weight.element_size(), passes)
+                yield Product(part, name, flops, weight.numel() * weight.element_size(), passes)
             for flops in _without_weights(module, name, tokens.pairs[part], count, plain.config):
-                yield Product(part, flops, 0, 1 + again + 2 * (reached or trained))
+                yield Product(part, name, flops, 0, 1 + again + 2 * (reached or trained))
         reached = reached or trained
 
 
 def _owns_weights(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
+
+
+def _but_the_last(names: Sequence[str]) -> set[str]:
+    """Those of layers, without the last one of each layer with a matrix: nothing needs its output again."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        found = _LAYER.match(name)
+        if found and "norm" not in name.rpartition(".")[2]:
+            layers.setdefault(found[0], []).append(name)
+    return {name for of_layer in layers.values() for name in of_layer[:-1]}
 
 
 def _block_of(name: str) -> str:
@@ -199,6 +215,6 @@ def _without_weights(module: nn.Module, name: str, pairs: float, count: int, con
         yield 4.0 * module.out_features * pairs
     elif isinstance(module, nn.Linear) and layer.endswith(".qkv"):
         yield 4.0 * module.out_features / 3 * pairs
-    elif isinstance(module, nn.Conv1d):
+    elif isinstance(module, nn.Linear) and layer.endswith(".mixer.in_proj"):
         text = config.get_text_config()
         yield 4.0 * text.mamba_num_heads * text.mamba_head_dim * text.ssm_state_size * count

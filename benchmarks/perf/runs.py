@@ -40,6 +40,7 @@ from evs_train.data.chat import Example, Media
 from evs_train.data.index import Facts
 from evs_train.data.order import DrawOrder
 from evs_train.data.rows import RowReader
+from evs_train.data.video import Clip
 from evs_train.rates import Rates
 from evs_train.samplers import RateSampler
 from evs_train.trainer import UptrainTrainer
@@ -89,15 +90,14 @@ class Scripted(DrawOrder):
 
 @dataclass
 class RandomReader(RowReader):
-    """A `RowReader` of clips that are on no disk: `frames` of each row, square, with random pixels."""
+    """A `RowReader` of clips that are on no disk: `facts` of each row's, whose pixels are random."""
 
-    frames: tuple[int, ...] = ()
-    side: int = 64
+    facts: tuple[Facts, ...] = ()
     _made: dict[int, Example] = field(default_factory=dict)
 
     def read(self, number: int, *, share: float = 1.0, keep_frames: bool = False) -> Example:
         if number not in self._made:
-            example = self.blank(self.samples[number], [clip_facts(self.frames[number], self.side)])
+            example = self.blank(self.samples[number], [self.facts[number]])
             generator = torch.Generator().manual_seed(number)
             self._made[number] = dataclasses.replace(example, media=_random_pixels(example.media, generator))
         return self._made[number]
@@ -132,7 +132,8 @@ class ScriptedRun(Run):
         rows = tuple(clips.index(frames) for step in script for frames in step.frames)
         self.order = Scripted(self.order.num_rows, self.order.seed, rows=rows)
         plain = {f.name: getattr(self.reader, f.name) for f in dataclasses.fields(self.reader) if f.init}
-        self.reader = RandomReader(**plain, frames=tuple(clips), side=work.shape.side)
+        self.facts = tuple(clip_facts(frames, work.shape.side) for frames in clips)
+        self.reader = RandomReader(**plain, facts=self.facts)
 
     def read_weights(self, dtype: torch.dtype) -> PreTrainedModel:
         """Random ones, made on the device."""
@@ -144,6 +145,10 @@ class ScriptedRun(Run):
                 config, dtype=dtype, attn_implementation=attention
             )
         return model
+
+    def blank_clip(self, row: int) -> Clip:
+        """The clip of a row before its pixels are drawn."""
+        return self.facts[row].blank_clip(str(row), self.reader.sampling)
 
     def training_arguments(self) -> TrainingArguments:
         """What a run of this recipe hands to its Trainer."""
