@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-GROUPS = ("step", "overhead", "scale")
+GROUPS = ("step", "overhead", "scale", "pruning", "alternatives", "packing", "loader")
 """Names of modules of this package, each with a `GROUP`."""
 PACKAGES = ("evs-train", "torch", "transformers", "peft", "accelerate")
 
