@@ -28,7 +28,7 @@ def test_sides_take_turns_and_each_is_first_equally_often() -> None:
         return lambda: float(order.append(name) or len(order))
 
     times = alternate({name: side(name) for name in "abc"}, rounds=3, warmup=1)
-    assert order == list("abc" "bca" "cab" "abc")
+    assert order == list("abcbcacababc")
     assert times == {"a": [6.0, 8.0, 10.0], "b": [4.0, 9.0, 11.0], "c": [5.0, 7.0, 12.0]}
 
 
@@ -60,7 +60,13 @@ def test_a_table_has_a_line_for_each_row() -> None:
 
 
 def counted(
-    shape: Shape, tuning: Any, rate: float, folder: Path, *, freeze: list[str] | None = None, checkpointing: bool = False
+    shape: Shape,
+    tuning: Any,
+    rate: float,
+    folder: Path,
+    *,
+    freeze: list[str] | None = None,
+    checkpointing: bool = False,
 ) -> tuple[FlopCounterMode, list[Product]]:
     """What torch counts of one forward and backward, and what the limit has for it if all that is computed counts."""
     run = ScriptedRun(Workload(shape, tuning, checkpointing), [Step((8, 6), rate)], Bench("toy", CPU, folder))

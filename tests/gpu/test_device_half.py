@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.perf.device_half import with_gradient
 from evs_train.prune import EvsHook, to_device
 from tests.parity.rig import Rig, attention_mask
-from tests.parity.tracing import with_gradient
 
 ALL = ("two", "image", "text", "still", "both")
 DEVICES = [

@@ -6,13 +6,13 @@ transformers have waits of their own, so features are fed: of the shapes that a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.perf.device_half import with_gradient
 from benchmarks.perf.waits import Waits, noted_waits
 from evs_train.prune import EvsHook
 from tests.parity.rig import Rig
@@ -40,13 +40,3 @@ def faked(value: Any, device: str) -> Any:
     if isinstance(value, dict):
         return {key: faked(item, device) for key, item in value.items()}
     return type(value)(faked(item, device) for item in value) if isinstance(value, list | tuple) else value
-
-
-def with_gradient(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested mappings and sequences that a gradient goes through."""
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from with_gradient(item)
