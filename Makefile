@@ -2,6 +2,8 @@
 # make test      the checks below, then the test suite
 # make test-gpu  what only a GPU can show
 # make check     lint, format, types, import layers
+# make bench     speed and memory against the limit, small shapes on a CPU (15 minutes at most; docs/performance.md)
+# make bench-gpu the same with the shapes of real models on a GPU
 # make proof     accuracy against pruning rate, controlled: trains a base and its arms (an hour; docs/proof.md)
 # make clean     remove .venv, caches and the demo's inputs; runs/ stays
 #
@@ -14,13 +16,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help uptrain proof test test-gpu check clean
+.PHONY: help uptrain bench bench-gpu proof test test-gpu check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
 
 uptrain: $(STAMP)
 	$(BIN)/torchrun --standalone --nproc_per_node 1 launch/uptrain.py recipe=tiny
+
+# Without a GPU, or the Trainer would take it.
+bench: $(STAMP)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.perf --size cpu
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.perf --size gpu
 
 proof: $(STAMP)
 	$(BIN)/python -m benchmarks.proof --size $(or $(SIZE),default)

@@ -1,6 +1,6 @@
 """What batches of a token budget gain over a fixed number of rows, where videos differ much in length.
 
-`python benchmarks/batches.py` writes `benchmarks/results/batches.json` and prints a table. Nothing is trained: batches
+`python -m benchmarks.batches` writes `benchmarks/results/batches.json` and prints a table. Nothing is trained: batches
 are planned for rows whose durations follow a log-normal distribution, and their sizes summed up, so the figures are
 exact and the same on every machine, but for the seconds that planning takes.
 
@@ -12,7 +12,6 @@ must hold. A fixed number of rows is shown at several numbers; the budget has th
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.environment import environment
 from evs_train.data.budget import Budget, BudgetBatches
 from evs_train.data.lengths import Length, PlannedRow
 from evs_train.data.order import DrawOrder
@@ -113,14 +113,13 @@ def main() -> None:
             found["planning_us_per_row"] = seconds / NUM_ROWS * 1e6
             results.append({"rate": rate, "packing": packing, "batches": name, **found})
     _print(results)
-    environment = {"python": platform.python_version(), "machine": platform.machine(), "numpy": np.__version__}
     settings = {
         "rows": NUM_ROWS, "median_seconds": MEDIAN_SECONDS, "sigma": SIGMA, "fps": FPS, "max_frames": MAX_FRAMES,
         "tokens_per_unit": TOKENS_PER_UNIT, "text_tokens": TEXT_TOKENS, "share_of_text": SHARE_OF_TEXT, "ranks": RANKS,
         "micro_batches_per_step": PER_STEP,
     }  # fmt: skip
     RESULTS.parent.mkdir(exist_ok=True)
-    written = {"environment": environment, "settings": settings, "results": results}
+    written = {"environment": environment(["numpy"]), "settings": settings, "results": results}
     RESULTS.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """How fast rows and videos become batches: this loader, `qwen-vl-utils`, and decord alone, on the same files.
 
-`pip install -e '.[bench]'`, then `OMP_NUM_THREADS=1 python benchmarks/data.py [FILE ...]` writes
+`pip install -e '.[bench]'`, then `OMP_NUM_THREADS=1 python -m benchmarks.data [FILE ...]` writes
 `benchmarks/results/data.json` and prints a table. It renders clips of several sizes and lengths, with a key frame every
 eight frames; recorded files, where those are rarer, show more of decoding. Every side is a torch DataLoader with the
 same number of workers, one sample a batch, and torch and decord on one thread in each worker. Sides take turns in every
@@ -27,10 +27,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -46,6 +44,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.environment import environment
 from evs_train.collate import Collator
 from evs_train.config import DataSection, ModelSection
 from evs_train.data.batches import TrainingStream
@@ -112,7 +111,8 @@ def main() -> None:
             result, name = memory(family, here, args.samples, args.workers), "data_memory.json"
         else:
             result, name = speed(family, here, args), "data.json"
-    result = {"environment": environment(args.workers), **result}
+    around = environment(PACKAGES, workers=args.workers, threads_of_a_worker=1)
+    result = {"environment": around, **result}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result["samples"] if args.samples else result["ratios"], indent=2))
@@ -394,23 +394,6 @@ def resident_megabytes() -> dict[str, float]:
     decoders = [child for worker in workers for child in worker.children()]
     parts: dict[str, Iterable[psutil.Process]] = {"this_process": [me], "workers": workers, "decoders": decoders}
     return {part: round(sum(one.memory_info().rss for one in some) / 2**20, 1) for part, some in parts.items()}
-
-
-def environment(workers: int) -> dict[str, Any]:
-    """What the figures hold for; no names of machines or folders."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
-    return {
-        "machine": platform.machine(),
-        "processor": sorted(models),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": round(os.getloadavg()[0], 2),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "workers": workers,
-        "threads_of_a_worker": 1,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
 
 
 if __name__ == "__main__":

@@ -51,17 +51,17 @@ RADIO: dict[str, Any] = {
 }
 # A language model that outweighs its small tower, as in the released ones, at a size for two cores.
 SMALL: dict[str, Any] = {
-    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192,
+    "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 6, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 8192,
     "rope_parameters": {"rope_theta": 5e6, "mrope_section": [12, 10, 10], "mrope_interleaved": True},
 }
-SMALL_VISION: dict[str, Any] = {"depth": 3, "hidden_size": 64, "out_hidden_size": 512}
+SMALL_VISION: dict[str, Any] = {"depth": 3, "hidden_size": 64, "out_hidden_size": 384}
 # Narrow, so that the part of attention that grows with the square of the length shows at lengths that a CPU reaches.
 NARROW: dict[str, Any] = SMALL | {
-    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
 }
-NARROW_VISION: dict[str, Any] = SMALL_VISION | {"out_hidden_size": 256}
+NARROW_VISION: dict[str, Any] = SMALL_VISION | {"out_hidden_size": 128}
 # fmt: on
 
 
