@@ -191,7 +191,7 @@ class Plan:
 
 PLANS: dict[Size, Plan] = {
     "toy": Plan((Workload(TOY, "full"),), (12, 8), 1),
-    "cpu": Plan((Workload(CPU, "full"),), (32, 24), 5),
+    "cpu": Plan((Workload(CPU, "full"),), (24, 16), 3),
     "gpu": Plan((Workload(QWEN_2B, "full"), Workload(qwen3_vl_8b(), "lora", checkpointing=True)), (128, 96), 10),
 }
 

@@ -54,7 +54,7 @@ class Plan:
 
 PLANS: dict[Size, Plan] = {
     "toy": Plan(TOY, (64, 12), 8, (0, 1), 2, 1, 1),
-    "cpu": Plan(CPU, (448, 90), 16, (0, 1, 2), 4, 3, 3),
+    "cpu": Plan(CPU, (448, 90), 16, (0, 1, 2), 3, 3, 2),
     "gpu": Plan(QWEN_2B, (640, 300), 64, (0, 1, 2, 4, 8), 8, 4, 2),
 }
 

@@ -67,7 +67,7 @@ class Plan:
 
 PLANS: dict[Size, Plan] = {
     "toy": Plan(TOY, 4, 4, 6, 12, 1, (BATCHINGS[0], BATCHINGS[-1])),
-    "cpu": Plan(CPU_NARROW, 32, 4, 16, 96, 4, BATCHINGS),
+    "cpu": Plan(CPU_NARROW, 24, 4, 16, 96, 3, BATCHINGS),
     "gpu": Plan(QWEN_2B, 64, 8, 32, 256, 4, BATCHINGS),
 }
 BASE = BATCHINGS[0]

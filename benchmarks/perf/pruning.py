@@ -33,7 +33,7 @@ class Plan:
 
 PLANS: dict[Size, Plan] = {
     "toy": Plan((Workload(TOY, "full"), Workload(TOY_NEMOTRON, "lora")), (8,), (0.0, 0.75), 1),
-    "cpu": Plan((Workload(CPU, "full"),), (48,), RATES, 5),
+    "cpu": Plan((Workload(CPU, "full"),), (32,), RATES, 3),
     "gpu": Plan(
         (
             Workload(QWEN_2B, "full"),
