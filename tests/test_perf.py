@@ -12,11 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.perf import __main__ as command
-from benchmarks.perf import harness
+from benchmarks.perf import harness, scale, step
 from benchmarks.perf.harness import Bench, Column, Spread, alternate, as_table, bytes_of, peak_memory, ratio
 from benchmarks.perf.limit import Product, products, tokens_of
-from benchmarks.perf.runs import ScriptedRun, Step, Workload
+from benchmarks.perf.live import LiveTrainer
+from benchmarks.perf.runs import ScriptedRun, Step, StepClock, Workload, held_by
 from benchmarks.perf.shapes import TOY, TOY_NEMOTRON, Shape
+from evs_train.trainer import UptrainTrainer
 
 CPU = torch.device("cpu")
 
@@ -121,3 +123,113 @@ def test_the_limit_counts_the_matrices_of_experts_and_mamba_layers(tmp_path: Pat
     assert matrices == pytest.approx(found[torch.ops.aten.mm] + found[torch.ops.aten.addmm], rel=2e-3)
     recurrences = [one for one in listed if one.name.endswith("in_proj.base_layer") and not one.bytes]
     assert [one.passes for one in recurrences] == [3, 3]  # forward and twice that backward, in the first layer, too
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench("toy", CPU, tmp_path / "bench", say=lambda line: None)
+
+
+def test_a_run_shows_what_its_script_says(bench: Bench) -> None:
+    """Frames and rates of each step, as the trainer's own counts have them; each step is timed or weighed."""
+    script = [Step((8, 6), 0.0), Step((6, 6), 0.75), Step((8, 6), 0.75)]
+    run = ScriptedRun(Workload(TOY, "full"), script, bench)
+    clock = StepClock(CPU, weighed=[2])
+    trainer = run.build_trainer()
+    trainer.add_callback(clock)
+    trainer.train()
+    plans = run.plan_batches(len(script))
+    assert [plan.rates for plan in plans] == [(0.0, 0.0), (0.75, 0.75), (0.75, 0.75)]
+    assert [[2 * video.item.num_units for video in plan.videos] for plan in plans] == [[8, 6], [6, 6], [8, 6]]
+    assert trainer.tally.total["tokens"] == tokens_of(plans, run.family).of_part["language_model"]
+    assert trainer.tally.total["video_tokens_before"] == 16 * (7 + 6 + 7)
+    assert [(one.seconds is None, one.peak is None) for one in clock.steps] == [
+        (False, True),
+        (False, True),
+        (True, False),
+    ]
+    held = bytes_of(held_by(trainer.model, trainer.optimizer))
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    trained = 4 * sum(count for count, trains in sizes if trains)
+    assert held == pytest.approx(4 * sum(count for count, _ in sizes) + 2 * trained, rel=1e-2)
+    assert clock.steps[2].peak is not None
+    assert clock.steps[2].peak > held + trained  # and gradients, and activations
+
+
+def out_of_memory_above(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    plain = UptrainTrainer.training_step
+
+    def training_step(self: UptrainTrainer, model: Any, inputs: Any, *args: Any) -> Any:
+        if sum(inputs["plan"].num_tokens) > num_tokens:
+            raise torch.OutOfMemoryError("too long")
+        return plain(self, model, inputs, *args)
+
+    monkeypatch.setattr(UptrainTrainer, "training_step", training_step)
+
+
+def test_rates_that_do_not_fit_leave_the_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    out_of_memory_above(monkeypatch, 130)
+    monkeypatch.setitem(step.PLANS, "toy", step.Plan((Workload(TOY, "full"),), (8,), 1))
+    rows = step.run(bench)
+    assert [(row["rate"], row.get("note"), "seconds" in row) for row in rows] == [
+        (0.0, "out of memory", False), (0.5, None, True), (0.75, None, True), (0.9, None, True)
+    ]  # fmt: skip
+    assert not any("speedup" in row for row in rows)
+
+
+def test_lengths_that_do_not_fit_leave_the_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    out_of_memory_above(monkeypatch, 250)
+    rows = [row for row in scale.run(bench) if "frames" in row]
+    assert [(row["rate"], row["frames"], row.get("note")) for row in rows] == [
+        (0.0, 8, None), (0.0, 16, "out of memory"), (0.75, 8, None), (0.75, 16, None), (0.75, 32, "out of memory")
+    ]  # fmt: skip
+
+
+def test_the_fit_is_the_power_law() -> None:
+    frames = (8, 16, 32, 64)
+    law = scale.Law.through(frames, [3.0, *(2 * count**1.5 for count in frames[1:])])  # the short half does not count
+    assert (law.factor, law.exponent) == (pytest.approx(2), pytest.approx(1.5))
+    assert law.frames_for(2 * 1000.5**1.5) == 1000
+
+
+def test_trainers_in_threads_take_single_steps_and_report_errors(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ScriptedRun(Workload(TOY, "full"), [Step((8,), 0.0), Step((8,), 0.75), Step((8,), 0.0)], bench)
+    trainer = run.build_trainer()
+    live = LiveTrainer(trainer, CPU)
+    assert trainer.state.global_step == 0
+    assert live.step() > 0
+    assert trainer.state.global_step == 1
+    out_of_memory_above(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        live.step()
+    live.stop()
+
+
+def test_all_groups_run_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the command, on a CPU: all that a GPU would run but its kernels."""
+    out = tmp_path / "perf.json"
+    assert command.main(["--size", "toy", "--groups", "scale", "--out", str(out)]) == 0
+    first = json.loads(out.read_text())
+    assert command.main(["--size", "toy", "--groups", "step", "overhead", "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written["groups"].pop("scale") == first["groups"]["scale"]  # not measured again, and still there
+    assert list(written["groups"]) == ["step", "overhead"]
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    for group in (*written["groups"].values(), *first["groups"].values()):
+        assert group["environment"]["versions"]["torch"]
+        assert group["environment"]["device"] == "cpu"
+    assert capsys.readouterr().out.count("tiny Qwen3-VL") >= 6  # tables
+    of_step = written["groups"]["step"]["rows"]
+    assert [row["rate"] for row in of_step] == 2 * list(step.RATES)
+    for dense, *pruned in (of_step[:4], of_step[4:]):
+        assert (dense["limit"], dense["memory"], dense["speedup"]["median"]) == (1, 1, 1)
+        limits = [row["limit"] for row in pruned]
+        assert 1 < limits[0] < limits[1] <= limits[2]
+        assert all(row["efficiency"]["median"] == row["speedup"]["median"] / row["limit"] for row in pruned)
+        assert all(row["memory"] < 1 and 0 < row["estimate_gib"] < dense["estimate_gib"] for row in pruned)
+    (over,) = written["groups"]["overhead"]["rows"]
+    assert over["losses_differ"] < 1e-6
+    assert over["evs_train"]["count"] == over["trainer"]["count"] == 2
+    measured = [row for row in first["groups"]["scale"]["rows"] if "seconds" in row]
+    assert [(row["rate"], row["frames"]) for row in measured] == [(q, f) for q in (0, 0.75) for f in (8, 16, 32)]
+    assert [row["peak_gib"] for row in measured[:3]] == sorted(row["peak_gib"] for row in measured[:3])

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.size == "gpu" and not torch.cuda.is_available():
         parser.error("--size gpu needs a GPU; --size toy runs the same code anywhere")
+    if torch.cuda.device_count() > 1:
+        parser.error("one GPU is measured: CUDA_VISIBLE_DEVICES=0 before it, or the Trainer would share batches out")
     if args.size == "cpu" and torch.cuda.is_available():
         parser.error("--size cpu needs CUDA_VISIBLE_DEVICES= before it, or the Trainer would take the GPU")
     path = args.out or RESULTS / f"perf_{args.size}.json"

@@ -74,7 +74,7 @@ def run(bench: Bench) -> list[Row]:
         if len(done) == len(left):
             break
         refused = left[len(done)]  # memory was too small for it; longer clips at its rate need not be tried
-        rows.append({"rate": refused.rate, "frames": refused.frames[0], "note": "out of memory"})
+        rows.append(_named(plan, refused.rate) | {"frames": refused.frames[0], "note": "out of memory"})
         left = [step for step in left[len(done) + 1 :] if step.rate != refused.rate]
     fits = [_fit(rate, [row for row in rows if row["rate"] == rate and "seconds" in row], held, plan) for rate in RATES]
     return sorted(rows, key=lambda row: (row["rate"], row["frames"])) + [row for row in fits if row]
@@ -110,11 +110,14 @@ def _measure(plan: Plan, steps: Sequence[Step], bench: Bench) -> tuple[dict[Step
     return {step: measured[step] for step in steps if len(measured[step]) == whole}, held
 
 
+def _named(plan: Plan, rate: float) -> Row:
+    return {"model": plan.work.shape.name, "tuning": plan.work.tuning, "rate": rate}
+
+
 def _row_of(step: Step, measured: Sequence[Measured], plan: Plan) -> Row:
     seconds = [one.seconds for one in measured[1 : 1 + plan.rounds] if one.seconds is not None]
     (frames,) = step.frames
-    return {
-        "rate": step.rate,
+    return _named(plan, step.rate) | {
         "frames": frames,
         "seconds": Spread.of(seconds),
         "peak_gib": max(one.peak for one in measured if one.peak is not None) / GIB,
@@ -130,9 +133,7 @@ def _fit(rate: float, rows: Sequence[Row], held: int, plan: Plan) -> Row:
     memory = Law.through(frames, [row["peak_gib"] - held / GIB for row in rows])
     largest = {str(gib): memory.frames_for(gib - held / GIB) for gib in plan.memories if gib > held / GIB}
     fits = ", ".join(f"{gib} GiB: {count:,} frames" for gib, count in largest.items())
-    return {
-        "rate": rate,
-        "model": plan.work.shape.name,
+    return _named(plan, rate) | {
         "held_gib": held / GIB,
         "time_exponent": time.exponent,
         "memory_exponent": memory.exponent,
@@ -142,6 +143,8 @@ def _fit(rate: float, rows: Sequence[Row], held: int, plan: Plan) -> Row:
 
 
 COLUMNS = (
+    Column("model", "model"),
+    Column("tuning", "tuning"),
     Column("rate", "rate", "g"),
     Column("frames", "frames"),
     Column("seconds", "seconds", ".3f"),

@@ -3,7 +3,8 @@
 The rates take turns within one run (`runs.py`). *speed-up* is the dense step of the same round over this one;
 *efficiency* is the measured speed-up over the one that the limit allows (`limit.py`): 1 means that all of the gain that
 pruning promises has arrived. It can exceed 1 where long sequences run less well than short ones. *MFU* is the share of
-the machine's peak (measured in this run) that the step's necessary operations make.
+the machine's peak (measured in this run) that the step's necessary operations make. *estimate* is the memory that
+`evs-train check` would say.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.perf.limit import Cost, Tokens, cost_of, tokens_of
 from benchmarks.perf.machine import Machine, measure_machine
 from benchmarks.perf.runs import Measured, ScriptedRun, Step, StepClock, Workload
 from benchmarks.perf.shapes import CPU, QWEN_2B, TOY, TOY_NEMOTRON, nemotron, qwen3_vl_8b
+from evs_train.memory import estimate_memory
 
 RATES = (0.0, 0.5, 0.75, 0.9)
 GIB = 2**30
@@ -80,10 +82,11 @@ def _rows(work: Workload, frames: int, rounds: int, machine: Machine, bench: Ben
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured of one step in all rounds, and what the limit says of it."""
+    """What was measured of one step in all rounds, and what the limit and `evs-train check` (GiB) say of it."""
 
     seconds: list[float]
     peak: int
+    estimate: float
     tokens: Tokens
     cost: Cost
     machine: Machine
@@ -116,7 +119,11 @@ def measure(work: Workload, steps: Sequence[Step], rounds: int, machine: Machine
         cost = cost_of(trainer.model, run_.family, tokens, machine, checkpointing=work.checkpointing)
         seconds = [one.seconds for one in measured[place][1 : 1 + rounds] if one.seconds is not None]
         peak = max(one.peak for one in measured[place] if one.peak is not None)
-        found.append(Found(seconds, peak, tokens, cost, machine))
+        num_tokens = tokens.of_part["language_model"]
+        estimate = estimate_memory(
+            trainer.model, run_.family, run_.recipe, None, num_tokens=num_tokens, num_processes=1
+        )
+        found.append(Found(seconds, peak, estimate.total, tokens, cost, machine))
     del trainer
     gc.collect()
     return found
@@ -136,6 +143,7 @@ def _figures_of(rate: float, one: Found, dense: Found | None) -> Row:
         "tokens": num_tokens,
         "seconds": seconds,
         "peak_gib": one.peak / GIB,
+        "estimate_gib": one.estimate,
         "tokens_per_second": num_tokens / seconds.median,
         "mfu": one.cost.flops / seconds.median / one.machine.flops,
         "least_seconds": {"vision": one.cost.vision, "language": one.cost.language, "update": one.cost.update},
@@ -164,6 +172,7 @@ COLUMNS = (
     Column("limit", "limit", ".2f"),
     Column("efficiency", "efficiency", ".2f"),
     Column("peak_gib", "peak GiB", ".2f"),
+    Column("estimate_gib", "estimate", ".2f"),
     Column("memory", "of dense", ".0%"),
     Column("tokens_per_second", "tokens/s", ",.0f"),
     Column("mfu", "MFU", ".0%"),
