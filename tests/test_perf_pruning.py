@@ -166,12 +166,11 @@ def test_not_dropping_keeps_every_feature(trainer: Any) -> None:
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Rows of each group at toy size, as they stand in the JSON file."""
-    result = command.measure("toy", ["pruning", "alternatives", "packing", "loader"])
-    picture = tmp_path_factory.mktemp("perf") / "perf.png"
-    command.draw(result, picture)
-    assert picture.stat().st_size > 10_000
-    read = json.loads(json.dumps(result))["groups"]
-    return {name: group["rows"] for name, group in read.items()}
+    out = tmp_path_factory.mktemp("perf") / "perf.json"
+    names = ["pruning", "alternatives", "packing", "loader"]
+    assert command.main(["--size", "toy", "--groups", *names, "--out", str(out)]) == 0
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    return {name: group["rows"] for name, group in json.loads(out.read_text())["groups"].items()}
 
 
 def test_pruning_is_timed_beside_its_step(groups: dict[str, list[dict[str, Any]]]) -> None:
