@@ -232,7 +232,8 @@ def draw(axes: Any, rows: Sequence[Row]) -> None:
         heights = [row["relative"]["median"] for row in of_model]
         lefts = [number + 0.8 * place / len(models) for number in range(len(of_model))]
         axes.bar(lefts, heights, 0.8 / len(models), label=model, align="edge")
-        axes.set_xticks(lefts, [row["way"] for row in of_model], rotation=20, fontsize=6)
+        axes.set_xticks([number + 0.4 for number in range(len(of_model))], [row["way"] for row in of_model])
+    axes.tick_params(axis="x", labelrotation=20, labelsize=6)
     axes.set_ylabel("step, over ours")
     axes.legend(fontsize=6)
 
