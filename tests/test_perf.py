@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.perf import __main__ as command
-from benchmarks.perf import harness, scale, step
+from benchmarks.perf import estimates, harness, scale, step
 from benchmarks.perf.harness import Bench, Column, Spread, alternate, as_table, bytes_of, peak_memory, ratio
 from benchmarks.perf.limit import Product, products, tokens_of
 from benchmarks.perf.live import LiveTrainer
@@ -86,8 +87,8 @@ def counted(
     batch = run.collator([run.stream[0]])
     plan = batch["plan"]
     with FlopCounterMode(display=False) as counter:
-        outputs = model(**batch)
-        outputs["loss"].backward()
+        loss, outputs = trainer.compute_loss(model, batch, True, torch.tensor(sum(plan.num_supervised)))
+        loss.backward()
     rows, length = plan.shape
     tokens = tokens_of([plan], run.family)
     computed = dataclasses.replace(
@@ -123,6 +124,13 @@ def test_the_limit_counts_the_matrices_of_experts_and_mamba_layers(tmp_path: Pat
     assert matrices == pytest.approx(found[torch.ops.aten.mm] + found[torch.ops.aten.addmm], rel=2e-3)
     recurrences = [one for one in listed if one.name.endswith("in_proj.base_layer") and not one.bytes]
     assert [one.passes for one in recurrences] == [3, 3]  # forward and twice that backward, in the first layer, too
+
+
+def test_the_page_has_the_tables_that_the_command_prints() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "performance.md").read_text(encoding="utf-8").splitlines()
+    for lines, count in ((estimates.limits(), 5), (estimates.memories(), 4)):
+        missing = [line for line in islice(lines, count) if line not in page]
+        assert not missing, "put what `python -m benchmarks.perf.estimates` prints into docs/performance.md"
 
 
 @pytest.fixture

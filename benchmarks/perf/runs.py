@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     PreTrainedModel,
@@ -34,6 +35,7 @@ from transformers import (
 )
 
 from benchmarks.perf.harness import Bench, PeakMemory, bytes_of, synchronize
+from benchmarks.perf.limit import Tokens
 from benchmarks.perf.shapes import Shape, write_checkpoint
 from evs_train.config import Recipe
 from evs_train.data.chat import Example, Media
@@ -41,6 +43,8 @@ from evs_train.data.index import Facts
 from evs_train.data.order import DrawOrder
 from evs_train.data.rows import RowReader
 from evs_train.data.video import Clip
+from evs_train.inputs import Inputs, deepspeed_file
+from evs_train.memory import MemoryEstimate, estimate_memory
 from evs_train.rates import Rates
 from evs_train.samplers import RateSampler
 from evs_train.trainer import UptrainTrainer
@@ -109,6 +113,13 @@ def clip_facts(frames: int, side: int) -> Facts:
     return Facts("video", side, side, "none", frames, FPS, frames / FPS, indices=tuple(range(frames)), timestamps=times)
 
 
+def conversation(name: str, folder: Path) -> dict[str, Any]:
+    """A row of a file in `folder`, whose clip nobody opens."""
+    (folder / "clip.mp4").touch()
+    talk = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    return {"id": name, "video": "clip.mp4", "conversations": talk}
+
+
 def _random_pixels(media: Media, generator: torch.Generator) -> Media:
     def drawn(value: Any) -> Any:
         return torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
@@ -168,6 +179,16 @@ class ScriptedRun(RandomWeights):
         return self._training_arguments()
 
 
+def estimate(inputs: Inputs, model: nn.Module, tokens: Tokens, num_gpus: int = 1) -> MemoryEstimate:
+    """What `evs-train check` would say of the memory that `tokens` take in one micro-batch."""
+    name = inputs.recipe.deepspeed
+    deepspeed = None if name is None else json.loads(deepspeed_file(name).read_text(encoding="utf-8"))
+    num_tokens = tokens.of_part["language_model"]
+    return estimate_memory(
+        model, inputs.family, inputs.recipe, deepspeed, num_tokens=num_tokens, num_processes=num_gpus
+    )
+
+
 def silence(trainer: Any) -> None:
     """No progress bar and no printed logs."""
     trainer.pop_callback(ProgressCallback)
@@ -181,9 +202,7 @@ def _recipe(work: Workload, script: Sequence[Step], num_clips: int, bench: Bench
     if not checkpoint.is_dir():
         write_checkpoint(work.shape, checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "clip.mp4").touch()  # rows name a file; nobody opens it
-    talk = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
-    rows = [{"id": str(number), "video": "clip.mp4", "conversations": talk} for number in range(num_clips)]
+    rows = [conversation(str(number), folder) for number in range(num_clips)]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     dtype = "float32" if bench.device.type == "cpu" else "bfloat16"
     return Recipe.model_validate(

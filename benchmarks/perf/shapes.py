@@ -96,8 +96,8 @@ def nemotron(num_layers: int) -> Shape:
     kinds = [LAYERS[symbol] for symbol in NEMOTRON_PATTERN[:num_layers]]
     text = NEMOTRON | {"layers_block_type": kinds, "num_hidden_layers": num_layers}
     top = {"projector_hidden_size": 20480, "vision_hidden_size": 1280}
-    name = f"Nemotron Omni, {num_layers} of {len(NEMOTRON_PATTERN)} layers"
-    return Shape(name, "nemotron_h_omni", text, RADIO, side=512, patch=16, top=top)
+    cut = "" if num_layers == len(NEMOTRON_PATTERN) else f", {num_layers} of {len(NEMOTRON_PATTERN)} layers"
+    return Shape(f"Nemotron Omni{cut}", "nemotron_h_omni", text, RADIO, side=512, patch=16, top=top)
 
 
 def qwen3_vl_8b(num_layers: int = 36) -> Shape:

@@ -20,9 +20,8 @@ import torch
 from benchmarks.perf.harness import Bench, Column, Group, Row, Size, Spread, ratio, turns
 from benchmarks.perf.limit import Cost, Tokens, cost_of, tokens_of
 from benchmarks.perf.machine import Machine, measure_machine
-from benchmarks.perf.runs import Measured, ScriptedRun, Step, StepClock, Workload
+from benchmarks.perf.runs import Measured, ScriptedRun, Step, StepClock, Workload, estimate
 from benchmarks.perf.shapes import CPU, QWEN_2B, TOY, TOY_NEMOTRON, nemotron, qwen3_vl_8b
-from evs_train.memory import estimate_memory
 
 RATES = (0.0, 0.5, 0.75, 0.9)
 GIB = 2**30
@@ -119,11 +118,8 @@ def measure(work: Workload, steps: Sequence[Step], rounds: int, machine: Machine
         cost = cost_of(trainer.model, run_.family, tokens, machine, checkpointing=work.checkpointing)
         seconds = [one.seconds for one in measured[place][1 : 1 + rounds] if one.seconds is not None]
         peak = max(one.peak for one in measured[place] if one.peak is not None)
-        num_tokens = tokens.of_part["language_model"]
-        estimate = estimate_memory(
-            trainer.model, run_.family, run_.recipe, None, num_tokens=num_tokens, num_processes=1
-        )
-        found.append(Found(seconds, peak, estimate.total, tokens, cost, machine))
+        said = estimate(run_, trainer.model, tokens).total
+        found.append(Found(seconds, peak, said, tokens, cost, machine))
     del trainer
     gc.collect()
     return found
