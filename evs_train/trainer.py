@@ -43,6 +43,9 @@ class _AttachHook(TrainerCallback):
 
     DeepSpeed's hook turns on the gathering of weights that a module reads of another one, as GLM's vision tower does
     (ZeRO-3). The tower runs in our hook, so that one must come later.
+    Also takes back what transformers does where activations are recomputed: it lets gradients reach all embeddings,
+    which reentrant checkpoints need and ours do not. In a tower whose patch embedding is among them, frozen layers
+    would be computed again and have a backward pass.
     """
 
     def __init__(self, hook: EvsHook) -> None:
@@ -52,6 +55,7 @@ class _AttachHook(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         self.hook.attach(model)
+        self.hook.model.disable_input_require_grads()
 
 
 class _BeginQuarantine(TrainerCallback):

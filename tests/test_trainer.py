@@ -141,6 +141,26 @@ def test_gradient_checkpointing_recomputes_and_does_not_change_the_curve(
     assert calls == [2, 4]
 
 
+def test_a_frozen_tower_has_no_backward_pass_where_activations_are_recomputed(
+    family_name: str, tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path
+) -> None:
+    options = {"train__steps": 1, "train__gradient_checkpointing": True, "tuning__freeze": ["vision"]}
+    run = Run(recipe_of(arguments(tiny_checkpoint(family_name), world, tmp_path / "run", **options)))
+    model, waiting = run.load_model(), {}
+    vision, projector = run.family.parts["vision"], run.family.parts["projector"]
+
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda _, args, out: waiting.update({name: getattr(out, "requires_grad", False)})
+
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(vision) and not f"{name}.".startswith(projector) and not list(module.children()):
+            module.register_forward_hook(hook_of(name))
+    run.load_model = lambda: model  # type: ignore[method-assign]
+    run.train()
+    assert waiting
+    assert not any(waiting.values()), waiting
+
+
 def test_a_resumed_run_goes_on_as_if_never_stopped(train: Callable[..., tuple[Path, Summary]]) -> None:
     whole, _ = train("whole", train__save_every=2)
     resumed, _ = train("resumed", train__save_every=2)

@@ -3,8 +3,8 @@
 The rates take turns within one run (`runs.py`). *speed-up* is the dense step of the same round over this one;
 *efficiency* is the measured speed-up over the one that the limit allows (`limit.py`): 1 means that all of the gain that
 pruning promises has arrived. It can exceed 1 where long sequences run less well than short ones. *MFU* is the share of
-the machine's peak (measured in this run) that the step's necessary operations make. *estimate* is the memory that
-`evs-train check` would say.
+the machine's peak (measured in this run) that the step's operations make, without what is recomputed. *estimate* is
+the memory that `evs-train check` would say.
 """
 
 from __future__ import annotations
@@ -81,12 +81,16 @@ def _rows(work: Workload, frames: int, rounds: int, machine: Machine, bench: Ben
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured of one step in all rounds, and what the limit and `evs-train check` (GiB) say of it."""
+    """What was measured of one step in all rounds, and what the limit and `evs-train check` (GiB) say of it.
+
+    `flops` are those of `cost` without what is recomputed.
+    """
 
     seconds: list[float]
     peak: int
     estimate: float
     tokens: Tokens
+    flops: float
     cost: Cost
     machine: Machine
 
@@ -118,8 +122,9 @@ def measure(work: Workload, steps: Sequence[Step], rounds: int, machine: Machine
         cost = cost_of(trainer.model, run_.family, tokens, machine, checkpointing=work.checkpointing)
         seconds = [one.seconds for one in measured[place][1 : 1 + rounds] if one.seconds is not None]
         peak = max(one.peak for one in measured[place] if one.peak is not None)
+        flops = cost_of(trainer.model, run_.family, tokens, machine).flops
         said = estimate(run_, trainer.model, tokens).total
-        found.append(Found(seconds, peak, said, tokens, cost, machine))
+        found.append(Found(seconds, peak, said, tokens, flops, cost, machine))
     del trainer
     gc.collect()
     return found
@@ -141,7 +146,7 @@ def _figures_of(rate: float, one: Found, dense: Found | None) -> Row:
         "peak_gib": one.peak / GIB,
         "estimate_gib": one.estimate,
         "tokens_per_second": num_tokens / seconds.median,
-        "mfu": one.cost.flops / seconds.median / one.machine.flops,
+        "mfu": one.flops / seconds.median / one.machine.flops,
         "least_seconds": {"vision": one.cost.vision, "language": one.cost.language, "update": one.cost.update},
         "peak_tflops": one.machine.flops / 1e12,
         "peak_gb_per_second": one.machine.bytes / 1e9,
