@@ -8,7 +8,7 @@ alone needs no more, while four rows need several times that. So compare the sid
 
 The mix: durations follow a log-normal distribution, as in `benchmarks/batches.py`, which counts tokens of many rows and
 ranks without computing them. Outside flash attention a packed batch computes attention between all its rows, hidden by
-a mask of its length squared (docs/data.md); long packed batches lose there what they save in padding.
+a mask of its length squared (docs/decisions.md); long packed batches lose there what they save in padding.
 """
 
 from __future__ import annotations
