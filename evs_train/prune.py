@@ -286,7 +286,8 @@ def _retained(features: Features, chosen: Tensor, num_tokens: int) -> Features:
 def to_device(values: Any, device: torch.device) -> Any:
     """Tensors in nested dictionaries and lists moved to `device`; anything else as it is."""
     if isinstance(values, Tensor):
-        return values.to(device)
+        # On the way to a GPU a copy is staged before the call returns; on the way back the host must wait for it.
+        return values.to(device, non_blocking=device.type != "cpu")
     if isinstance(values, dict):
         return {name: to_device(value, device) for name, value in values.items()}
     return [to_device(value, device) for value in values] if isinstance(values, list) else values

@@ -86,7 +86,8 @@ class Tally:
         for bucket, count in zip(buckets, plan.num_supervised, strict=True):
             self._bucket_tokens[bucket] += count
         exact = losses.detach().double()
-        of_token = torch.tensor(buckets).repeat_interleave(torch.tensor(plan.num_supervised))
+        counts = torch.tensor(plan.num_supervised)
+        of_token = torch.tensor(buckets).repeat_interleave(counts, output_size=len(losses))
         self._sums(losses.device).index_add_(0, of_token.to(losses.device, non_blocking=True), exact)
         if name is not None:
             self.add_sum(name, exact.sum())

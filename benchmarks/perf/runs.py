@@ -130,21 +130,12 @@ def _random_pixels(media: Media, generator: torch.Generator) -> Media:
     }
 
 
-class ScriptedRun(Run):
-    """A run of a script."""
+class RandomWeights(Run):
+    """A run of a checkpoint without weights, which says nothing while it trains."""
 
-    def __init__(self, work: Workload, script: Sequence[Step], bench: Bench) -> None:
+    def __init__(self, recipe: Recipe, bench: Bench) -> None:
         self.bench = bench
-        self.script = tuple(script)
-        clips = sorted({frames for step in script for frames in step.frames})
-        super().__init__(_recipe(work, self.script, len(clips), bench))
-        rates = Rates(ByStep(tuple(step.rate for step in script)), cap=False)
-        self.collator = dataclasses.replace(self.collator, rates=rates)
-        rows = tuple(clips.index(frames) for step in script for frames in step.frames)
-        self.order = Scripted(self.order.num_rows, self.order.seed, rows=rows)
-        plain = {f.name: getattr(self.reader, f.name) for f in dataclasses.fields(self.reader) if f.init}
-        self.facts = tuple(clip_facts(frames, work.shape.side) for frames in clips)
-        self.reader = RandomReader(**plain, facts=self.facts)
+        super().__init__(recipe)
 
     def read_weights(self, dtype: torch.dtype) -> PreTrainedModel:
         """Random ones, made on the device."""
@@ -157,6 +148,28 @@ class ScriptedRun(Run):
             )
         return model
 
+    def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
+        Path(self.recipe.output_dir).mkdir(parents=True, exist_ok=True)
+        trainer = super().build_trainer(args)
+        silence(trainer)
+        return trainer
+
+
+class ScriptedRun(RandomWeights):
+    """A run of a script."""
+
+    def __init__(self, work: Workload, script: Sequence[Step], bench: Bench) -> None:
+        self.script = tuple(script)
+        clips = sorted({frames for step in script for frames in step.frames})
+        super().__init__(_recipe(work, self.script, len(clips), bench), bench)
+        rates = Rates(ByStep(tuple(step.rate for step in script)), cap=False)
+        self.collator = dataclasses.replace(self.collator, rates=rates)
+        rows = tuple(clips.index(frames) for step in script for frames in step.frames)
+        self.order = Scripted(self.order.num_rows, self.order.seed, rows=rows)
+        plain = {f.name: getattr(self.reader, f.name) for f in dataclasses.fields(self.reader) if f.init}
+        self.facts = tuple(clip_facts(frames, work.shape.side) for frames in clips)
+        self.reader = RandomReader(**plain, facts=self.facts)
+
     def blank_clip(self, row: int) -> Clip:
         """The clip of a row before its pixels are drawn."""
         return self.facts[row].blank_clip(str(row), self.reader.sampling)
@@ -164,12 +177,6 @@ class ScriptedRun(Run):
     def training_arguments(self) -> TrainingArguments:
         """What a run of this recipe hands to its Trainer."""
         return self._training_arguments()
-
-    def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
-        Path(self.recipe.output_dir).mkdir(parents=True, exist_ok=True)
-        trainer = super().build_trainer(args)
-        silence(trainer)
-        return trainer
 
 
 def estimate(inputs: Inputs, model: nn.Module, tokens: Tokens, num_gpus: int = 1) -> MemoryEstimate:

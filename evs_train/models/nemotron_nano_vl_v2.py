@@ -119,6 +119,6 @@ class NemotronNanoVLV2(Family):
             "input_ids": torch.full_like(ids, self.pad_token_id),
             "attention_mask": inputs["attention_mask"],
             "labels": inputs["labels"],
-            "pixel_values": self.blank("image")["pixel_values"][0].to(embeds),
+            "pixel_values": embeds.new_zeros(1, 3, self.config.force_image_size, self.config.force_image_size),
             "image_flags": torch.zeros(1, 1, dtype=torch.int64, device=ids.device),
         }

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from evs_train.config import PARTS, DataSection, ModelSection
@@ -32,6 +33,7 @@ from evs_train.models.tiny.nemotron import NEMOTRON_TEXT, NEMOTRON_TOKENIZER
 from evs_train.models.tuning import part_of
 from evs_train.uptrain import Run
 from tests.parity.rig import Rig, attention_mask, kept_positions
+from tests.parity.tracing import trace
 from tests.runs import STILL, arguments, metrics, recipe_of
 
 CODE = Path(__file__).parent / "stand_in"
@@ -339,3 +341,14 @@ def test_a_run_and_its_export(checkpoint: Path, world: Path, tmp_path: Path, met
     changed_parts = {part_of(name, run.family) for name in old if not torch.equal(old[name], new[name])}
     assert changed_parts == (set(PARTS) if method == "full" else {"language_model"})
     assert load_weights(section(export.path), load_config(str(export.path), None, True), torch.bfloat16) is not None
+
+
+def test_the_device_half_never_waits(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced without values, so its embedding is that of any ids."""
+    width = rig.model.language_model.get_input_embeddings().embedding_dim
+    embedding = nn.Module()
+    monkeypatch.setattr(embedding, "forward", lambda ids: torch.empty(*ids.shape, width, device=ids.device))
+    monkeypatch.setattr(rig.model.language_model, "get_input_embeddings", lambda: embedding)
+    inputs, waits = trace(rig, rig.batch(("two", "image", "text", "still", "both"), 0.5))
+    assert waits.places == []
+    assert inputs["inputs_embeds"].device.type == inputs["pixel_values"].device.type == "cuda"

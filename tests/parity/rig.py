@@ -21,9 +21,10 @@ from evs_train.data.sampling import FrameSampling
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.models.loading import load_family, load_weights
 from evs_train.objectives import cross_entropies
-from evs_train.prune import KINDS, EvsHook, compact
+from evs_train.prune import KINDS, Encoding, EvsHook, compact
 from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
+from evs_train.tally import Tally
 
 SCORED_WITH_DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
 """Families whose engines score the pooled embeddings with the deepstack features behind them (docs/serving.md)."""
@@ -91,6 +92,20 @@ class Rig:
         documents = compact(batch, chosen, self.family.pad_token_id)["documents"]
         hook = EvsHook(self.family, self.model)
         return hook._attention(batch["plan"], batch["index"]["boundaries"], documents)
+
+    def device_half(self, batch: dict[str, Any], encoding: Encoding) -> dict[str, Any]:
+        """What the model is called with, by all that runs on the device beside encoder and model; the loss is counted.
+
+        `encoding`: the features of the batch. The counted loss is that of logits that are all zero. Also returned: the
+        `targets` (S,) of the loss.
+        """
+        hook, plan, head = EvsHook(self.family, self.model), batch["plan"], self.family.output_embeddings(self.model)
+        inputs = hook._for_training(batch, encoding, {})
+        (gather,) = head._forward_pre_hooks.values()
+        (hidden,) = gather(head, (torch.zeros(*plan.shape, 1, device=hook.targets.device),))
+        losses = cross_entropies(hidden[0].expand(-1, len(self.family.processor.tokenizer)), hook.targets)
+        Tally().add_pass(plan, losses)
+        return inputs | {"targets": hook.targets}
 
     def gradients(self) -> dict[str, Tensor | None]:
         """Gradients of all trained parameters."""
