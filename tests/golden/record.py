@@ -50,10 +50,10 @@ def curve(family: str, folder: Path, nudge: int | None = None) -> list[float]:
 
 
 def show_nudged(folder: Path) -> None:
-    """The largest relative distances from the recorded curve over four nudges: in ten steps, and in the other ten."""
+    """The largest relative distances from the recorded curve over eight nudges: in ten steps, and in the other ten."""
     for family, recorded in json.loads(CURVES.read_text()).items():
         far = [0.0] * len(recorded)
-        for nudge in range(4):
+        for nudge in range(8):
             found = curve(family, folder / str(nudge), nudge)
             far = [max(worst, abs(new / old - 1)) for worst, new, old in zip(far, found, recorded, strict=True)]
         print(f"{family}: {max(far[:10]):.1e}, {max(far[10:]):.1e}")
