@@ -236,7 +236,7 @@ def test_the_report_says_what_the_arms_did(folder: Path, capsys: pytest.CaptureF
     assert "| mixture | 2 |" in capsys.readouterr().out
     assert (folder / "report.png").stat().st_size > 10_000
     report = json.loads((folder / "report.json").read_text())
-    assert report["arms"]["mixture"]["seconds_per_step"] > 0
+    assert report["arms"]["mixture"]["cpu_seconds_per_step"] > 0
     assert set(report["arms"]["mixture"]["groups"]) >= {"question: stop", "camera: pan"}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,13 @@ class Study:
             self.say(f"{name}, seed {seed}: {self.size.arm_steps} steps")
             words += [f"train.steps={self.size.arm_steps}", f"seed={seed}", *arm.overrides]
             run = self._run_of(words, output, arm)
+            begin = time.process_time()
             summary = run.train()
             model = run.trained
             result |= {
                 "steps": summary.steps,
                 "seconds_per_step": summary.seconds / summary.steps,
+                "cpu_seconds_per_step": (time.process_time() - begin) / summary.steps,
                 "tokens_per_step": summary.tokens_per_second * summary.seconds / summary.steps,
                 "mean_rate": summary.mean_rate,
                 "versions": read_record(output)["versions"],
