@@ -144,7 +144,9 @@ def tables(found: Mapping[str, Any]) -> list[str]:
         points = arm["rates"]
         cells = [_percent(points[rate]["accuracy"]) for rate in rates]
         change = _points(arm["dense_change"]) if "dense_change" in arm else "-"
-        cost = [f"{arm['cpu_seconds_per_step']:.2f}", f"{arm['tokens_per_step']:,.0f}"] if "steps" in arm else ["-", "-"]
+        cost = ["-", "-"]
+        if "steps" in arm:
+            cost = [f"{arm['cpu_seconds_per_step']:.2f}", f"{arm['tokens_per_step']:,.0f}"]
         rows.append([name, str(len(arm["seeds"])), *cells, change, *cost])
         gaps.append(
             [name, *(_percent(points[rate]["gap_closed"]) if "gap_closed" in points[rate] else "-" for rate in rates)]
