@@ -18,6 +18,9 @@ from evs_train.models.tiny import qwen
 PATCH = 8
 TOKENS_PER_UNIT = (world.SIDE // PATCH) ** 2
 INITIALIZER_RANGE = 0.07  # near the root of 1 / width: with the 0.02 of wide models this one learns far later
+POSITION_RANGE = (
+    0.5  # of places in a picture: near the size of what patches are embedded to, so that a place can be told
+)
 
 
 def build_base(folder: Path, seed: int = 0) -> Path:
@@ -37,6 +40,7 @@ def build_base(folder: Path, seed: int = 0) -> Path:
         for part in (config, config.text_config, config.vision_config):
             part.initializer_range = INITIALIZER_RANGE
         model = hf.Qwen3VLForConditionalGeneration(config)
+        torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=POSITION_RANGE)
     ids = config.get_text_config()
     model.generation_config = hf.GenerationConfig(
         bos_token_id=ids.bos_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id
