@@ -17,6 +17,10 @@ from evs_train.models.tiny import qwen
 
 PATCH = 8
 TOKENS_PER_UNIT = (world.SIDE // PATCH) ** 2
+INITIALIZER_RANGE = 0.07  # near the root of 1 / width: with the 0.02 of wide models this one learns far later
+POSITION_RANGE = (
+    0.5  # of places in a picture: near the size of what patches are embedded to, so that a place can be told
+)
 
 
 def build_base(folder: Path, seed: int = 0) -> Path:
@@ -33,7 +37,10 @@ def build_base(folder: Path, seed: int = 0) -> Path:
         config = model.config
         config.vision_config.patch_size, config.vision_config.spatial_merge_size = PATCH, 1
         config.vision_config.num_position_embeddings = TOKENS_PER_UNIT
+        for part in (config, config.text_config, config.vision_config):
+            part.initializer_range = INITIALIZER_RANGE
         model = hf.Qwen3VLForConditionalGeneration(config)
+        torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=POSITION_RANGE)
     ids = config.get_text_config()
     model.generation_config = hf.GenerationConfig(
         bos_token_id=ids.bos_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id

@@ -59,14 +59,11 @@ class Size:
     batch: int = 32
 
 
-_CONTROLS = (f"{PLUG}, random tokens", f"{PLUG}, whole units")
+_RATES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9)
+_DECIDING = (PLUG, DENSE, NVIDIA, "uniform", "mixture", f"{PLUG}, random tokens", f"{PLUG}, whole units")
 SIZES: dict[str, Size] = {
     "mini": Size(6, 6, 3, 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9), batch=4),
-    "default": Size(
-        4000, 300, 1000, 200, (0, 1, 2), (PLUG, DENSE, NVIDIA, "uniform", "mixture", *_CONTROLS),
-        (0.0, 0.5, 0.75, 0.8, 0.9),
-    ),
-    "full": Size(
-        4000, 1000, 1000, 300, (0, 1, 2), tuple(ARMS), (0.0, 0.25, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
-    ),
-}  # fmt: skip
+    "default": Size(4000, 600, 800, 200, (0, 1), _DECIDING, _RATES),
+    "full": Size(4000, 600, 800, 200, (0, 1, 2), tuple(ARMS), _RATES),
+}
+"""`full` goes on from `default`: same world, base and steps, so what that has done is not done again."""

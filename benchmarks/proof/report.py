@@ -127,7 +127,7 @@ def _of_arm(
     if trained:
         out |= {
             key: float(np.mean([one[key] for one in trained]))
-            for key in ("steps", "seconds_per_step", "tokens_per_step", "mean_rate")
+            for key in ("steps", "seconds_per_step", "cpu_seconds_per_step", "tokens_per_step", "mean_rate")
         }
         out["of_seed"] = {
             str(one["seed"]): {rate: float(_right([one], rate).mean()) for rate in one["right"]} for one in found
@@ -138,13 +138,15 @@ def _of_arm(
 def tables(found: Mapping[str, Any]) -> list[str]:
     """Markdown: accuracy, gap closed and cost of each arm, then accuracy by question and camera at each rate."""
     rates = [f"{rate:g}" for rate in found["rates"]]
-    head = ["arm", "seeds", *(f"q = {rate}" for rate in rates), "dense, to dense SFT", "s a step", "tokens a step"]
+    head = ["arm", "seeds", *(f"q = {rate}" for rate in rates), "dense, to dense SFT", "CPU s a step", "tokens a step"]
     rows, gaps = [], []
     for name, arm in found["arms"].items():
         points = arm["rates"]
         cells = [_percent(points[rate]["accuracy"]) for rate in rates]
         change = _points(arm["dense_change"]) if "dense_change" in arm else "-"
-        cost = [f"{arm['seconds_per_step']:.2f}", f"{arm['tokens_per_step']:,.0f}"] if "steps" in arm else ["-", "-"]
+        cost = ["-", "-"]
+        if "steps" in arm:
+            cost = [f"{arm['cpu_seconds_per_step']:.2f}", f"{arm['tokens_per_step']:,.0f}"]
         rows.append([name, str(len(arm["seeds"])), *cells, change, *cost])
         gaps.append(
             [name, *(_percent(points[rate]["gap_closed"]) if "gap_closed" in points[rate] else "-" for rate in rates)]

@@ -1,8 +1,8 @@
-"""The proof's world: rendered clips of 32 frames, and seven independent facts about each that a caption tells.
+"""The proof's world: rendered clips of 40 frames, and seven independent facts about each that a caption tells.
 
-A ball moves on by one to three cells at some time, a bar turns until it rests, a lamp blinks, two squares appear and
+A ball moves on by two cells in the first half, a gauge fills until it rests, a lamp blinks, two squares appear and
 stay, and near the end a cross flashes up. The facts need motion (where the ball begins and where it ends: neither alone
-tells), absence of motion (`stop`: once the bar rests, nothing of it changes any more), counting, order, a late event,
+tells), absence of motion (`stop`: once the gauge rests, nothing of it changes any more), counting, order, a late event,
 and two that the first picture shows. One camera stands still, one adds sensor noise, one pans, so that every part of
 the picture changes. All that happens does so between two units: within one, nothing shows what comes.
 
@@ -26,10 +26,12 @@ import numpy.typing as npt
 
 from evs_train.errors import DataError
 
-VERSION = 1
+VERSION = 3
 SIDE = 32
 CELL = 8
-NUM_UNITS = 16
+NUM_UNITS = 20
+LAST_START = 6  # unit; a ball that rests at both ends for as long gives a model nothing to begin to learn from
+DISTANCE = 2  # cells; with any other, one picture of four cells a side says more of the direction than half of it
 FRAMES_PER_UNIT = 2
 NUM_FRAMES = NUM_UNITS * FRAMES_PER_UNIT
 FPS = 4
@@ -64,15 +66,14 @@ Picture = npt.NDArray[np.uint8]
 class Scene:
     """What happens in one clip. `facts`: the right choice of each question; the rest says where and when, in units.
 
-    The ball begins at cell `start` of its `lane` and goes on by `distance` cells from `move_unit` on, one a unit.
-    `cells`: of lamp, first and second square, cross and bar, none of them on the lane.
+    The ball begins at cell `start` of its `lane` and goes on by `DISTANCE` cells from `move_unit` on, one a unit.
+    `cells`: of lamp, first and second square, cross and gauge, none of them on the lane.
     """
 
     facts: dict[str, str]
     camera: str
     lane: int
     start: int
-    distance: int
     move_unit: int
     stop_unit: int
     blinks: tuple[int, ...]
@@ -92,22 +93,20 @@ def scene_of(seed: int, split: str, number: int) -> tuple[Scene, np.random.Gener
     vertical = STEPS[facts["motion"]][0] != 0
     free = [(row, column) for row in range(4) for column in range(4) if (column if vertical else row) != lane]
     cells = tuple(free[int(place)] for place in rng.choice(len(free), size=5, replace=False))
-    distance = int(rng.integers(1, 4))
-    ahead = int(rng.integers(0, 4 - distance))  # cells that are left in front of or behind the path
-    spans = {"early": (3, 6), "late": (8, 11), "never": (NUM_UNITS, NUM_UNITS + 1)}
+    ahead = int(rng.integers(0, 4 - DISTANCE))  # cells that are left in front of or behind the path
+    spans = {"early": (5, 9), "late": (10, 14), "never": (NUM_UNITS, NUM_UNITS + 1)}
     early = int(rng.integers(2, 9))
     scene = Scene(
         facts=facts,
         camera=CAMERAS[number % len(CAMERAS)],
         lane=lane,
         start=ahead if sum(STEPS[facts["motion"]]) > 0 else 3 - ahead,
-        distance=distance,
-        move_unit=int(rng.integers(1, NUM_UNITS - 4)),
+        move_unit=int(rng.integers(1, LAST_START + 1)),
         stop_unit=int(rng.integers(*spans[facts["stop"]])),
         blinks=_apart(rng, FACTS["count"].index(facts["count"]) + 1),
         second=str(rng.choice([colour for colour in COLOURS if colour != facts["first"]])),
-        appear=(early, int(rng.integers(early + 2, 13))),
-        flash_unit=int(rng.integers(12, NUM_UNITS - 1)),
+        appear=(early, int(rng.integers(early + 2, NUM_UNITS - 3))),
+        flash_unit=int(rng.integers(NUM_UNITS - 4, NUM_UNITS - 1)),
         cells=cells,
         grey=int(rng.integers(70, 110)),
         pan=int(rng.choice([-1, 1])),
@@ -116,21 +115,21 @@ def scene_of(seed: int, split: str, number: int) -> tuple[Scene, np.random.Gener
 
 
 def _apart(rng: np.random.Generator, count: int) -> tuple[int, ...]:
-    """`count` units from 1 to 14, no two in a row."""
-    places = np.sort(rng.choice(14 - (count - 1), size=count, replace=False)) + 1 + np.arange(count)
+    """`count` units, neither the first nor the last, no two in a row."""
+    places = np.sort(rng.choice(NUM_UNITS - 2 - (count - 1), size=count, replace=False)) + 1 + np.arange(count)
     return tuple(int(place) for place in places)
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Picture:
     """(NUM_FRAMES, SIDE, SIDE, 3) uint8."""
     ground, ball = _ground(scene), _ball()
-    lamp, first, second, flash, bar = scene.cells
+    lamp, first, second, flash, gauge = scene.cells
     step = STEPS[scene.facts["motion"]]
     pictures = []
     for frame in range(NUM_FRAMES):
         unit = frame // FRAMES_PER_UNIT
         canvas = ground.copy()
-        _bar(canvas, bar, upright=min(unit, scene.stop_unit) // 2 % 2 == 1)
+        _gauge(canvas, gauge, 2 * (1 + min(unit, scene.stop_unit) // 5))
         if unit in scene.blinks:
             _square(canvas, lamp, WHITE)
         if unit >= scene.appear[0]:
@@ -139,7 +138,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Picture:
             _square(canvas, second, COLOURS[scene.second])
         if unit == scene.flash_unit:
             _cross(canvas, flash, COLOURS[scene.facts["flash"]])
-        moved = max(0, min(unit - scene.move_unit + 1, scene.distance))
+        moved = max(0, min(unit - scene.move_unit + 1, DISTANCE))
         top, left = (CELL * (scene.lane if axis == 0 else scene.start + axis * moved) for axis in step)
         canvas[top : top + CELL, left : left + CELL][ball] = COLOURS[scene.facts["colour"]]
         if scene.camera == "pan":
@@ -167,10 +166,9 @@ def _square(canvas: npt.NDArray[np.float64], cell: tuple[int, int], colour: tupl
     canvas[top : top + 6, left : left + 6] = colour
 
 
-def _bar(canvas: npt.NDArray[np.float64], cell: tuple[int, int], *, upright: bool) -> None:
+def _gauge(canvas: npt.NDArray[np.float64], cell: tuple[int, int], width: int) -> None:
     top, left = CELL * cell[0], CELL * cell[1]
-    window = canvas[top : top + CELL, left : left + CELL]
-    (window[:, 2:6] if upright else window[2:6, :])[:] = BLACK
+    canvas[top + 1 : top + 7, left : left + width] = BLACK
 
 
 def _cross(canvas: npt.NDArray[np.float64], cell: tuple[int, int], colour: tuple[int, int, int]) -> None:
