@@ -18,9 +18,7 @@ from evs_train.models.tiny import qwen
 PATCH = 8
 TOKENS_PER_UNIT = (world.SIDE // PATCH) ** 2
 INITIALIZER_RANGE = 0.07  # near the root of 1 / width: with the 0.02 of wide models this one learns far later
-POSITION_RANGE = (
-    0.5  # of places in a picture: near the size of what patches are embedded to, so that a place can be told
-)
+POSITION_RANGE = 0.5  # of places in a picture: near the size of embedded patches, so that a place can be told
 
 
 def build_base(folder: Path, seed: int = 0) -> Path:
