@@ -24,7 +24,10 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import pyarrow
+import torch
+from PIL import Image
 from pyarrow import feather
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from evs_train.config import DataSection
@@ -75,16 +78,23 @@ class Facts:
     indices: tuple[int, ...] = ()
     timestamps: tuple[float, ...] = ()
 
-    def blank_clip(self, name: str, sampling: FrameSampling) -> Clip:
+    def blank_clip(self, name: str, sampling: FrameSampling, *, pixels: bool = True) -> Clip:
         """The sampled clip with black frames: what planning needs of a video, without decoding it.
 
-        `sampling` may differ from the one that gave `indices` in its share alone.
+        `sampling` may differ from the one that gave `indices` in its share alone. `pixels`: the frames take memory.
         """
         places = sampling.thinned(len(self.indices))
-        frames = np.zeros((len(places), self.height, self.width, 3), dtype=np.uint8)
+        shape = (len(places), self.height, self.width, 3)
+        frames = np.zeros(shape, dtype=np.uint8) if pixels else np.broadcast_to(np.uint8(0), shape)
         times = np.asarray(self.timestamps, dtype=np.float64)[places]
         indices = [self.indices[place] for place in places]
-        return Clip(frames, indices, self.fps, times, self.num_frames, self.duration, name)
+        return Clip(frames, indices, self.fps, times, self.num_frames, self.duration, name, shape_only=not pixels)
+
+    def blank_image(self, *, pixels: bool = True) -> Image.Image | Tensor:
+        """A black image of the same size, or (3, H, W) uint8 on the meta device: a shape without memory."""
+        if pixels:
+            return Image.new("RGB", (self.width, self.height))
+        return torch.empty((3, self.height, self.width), dtype=torch.uint8, device="meta")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from evs_train.data.chat import Example, SampleEncoder, build_example
+from evs_train.data.chat import Example, Picture, SampleEncoder, build_example
 from evs_train.data.decoding import Decoding
 from evs_train.data.index import Entry, Facts, Fault, MediaIndex
 from evs_train.data.manifest import Sample
@@ -72,8 +72,11 @@ class RowReader:
         """The example of a row from black media; `facts` of its videos, then of its images. Raises DataError."""
         sampling = dataclasses.replace(self.sampling, share=share)
         videos, images = facts[: len(sample.videos)], facts[len(sample.videos) :]
-        clips = [one.blank_clip(name_of(at), sampling) for one, at in zip(videos, sample.videos, strict=True)]
-        return self._build(sample, clips, [Image.new("RGB", (one.width, one.height)) for one in images])
+        pixels = self.encoder.reads_pixels
+        clips = [
+            one.blank_clip(name_of(at), sampling, pixels=pixels) for one, at in zip(videos, sample.videos, strict=True)
+        ]
+        return self._build(sample, clips, [one.blank_image(pixels=pixels) for one in images])
 
     def file_to_blame(self, sample: Sample, error: DataError | MediaError) -> str | None:
         """The medium that a row failed for, or None if the row itself is bad."""
@@ -81,7 +84,7 @@ class RowReader:
         return files[0] if files and isinstance(error, MediaError) else None
 
     def _build(
-        self, sample: Sample, clips: Sequence[Clip], images: Sequence[Image.Image], *, keep_frames: bool = False
+        self, sample: Sample, clips: Sequence[Clip], images: Sequence[Picture], *, keep_frames: bool = False
     ) -> Example:
         return build_example(
             sample,

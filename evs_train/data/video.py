@@ -66,6 +66,7 @@ class Clip:
         backend: what decoded it: decord, pyav or images.
         codec: of the file, by FFmpeg's name; None where only decord looked at it.
         rotation: degrees by which the file says that its pictures are turned; None where it was not verified.
+        shape_only: nothing was decoded: `frames` has the shape alone, one zero for all of its values.
     """
 
     frames: npt.NDArray[np.uint8]
@@ -78,6 +79,7 @@ class Clip:
     backend: str = "decord"
     codec: str | None = None
     rotation: int | None = None
+    shape_only: bool = False
 
 
 def read_video(

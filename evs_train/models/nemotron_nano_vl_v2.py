@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image, fromarray
+from PIL.Image import fromarray
 from torch import Tensor, nn
 
 from evs_train.config import Part, Positions
-from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.video import Clip
 from evs_train.models.base import Family, Features, expanded, reading_order
 
@@ -46,6 +46,8 @@ class NemotronNanoVLV2(Family):
     shares_encoder: ClassVar[bool] = True
     attention_only: ClassVar[bool] = False
     averages_loss: ClassVar[bool] = True
+    projector_entries: ClassVar[tuple[str, ...]] = ("mlp1",)
+    reads_pixels: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class NemotronNanoVLV2(Family):
         self._of_frames.max_num_tiles = 1
         self._side = int(config.force_image_size // config.patch_size * config.downsample_ratio)  # tokens
 
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Picture]) -> Prepared:
         video_token, image_token = self.processor.video_token, self.processor.image_token
         media: dict[str, list[Tensor]] = {}
         items: dict[Kind, list[MediaItem]] = {"video": [], "image": []}
@@ -94,6 +96,9 @@ class NemotronNanoVLV2(Family):
         pixels: list[Tensor] = media[INPUTS[kind]]
         embeds = model.extract_feature(torch.cat(pixels).to(model.dtype))  # (tiles, N, D)
         return [[of_one.flatten(0, 1)] for of_one in embeds.split([len(one) for one in pixels])]
+
+    def split_media(self, media: Media, kind: Kind) -> list[Media]:
+        return [{INPUTS[kind]: [pixels]} for pixels in media.get(INPUTS[kind], ())]
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(INPUTS[kind] in media)
