@@ -18,7 +18,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -77,6 +77,15 @@ class Facts:
     sampling: str = ""
     indices: tuple[int, ...] = ()
     timestamps: tuple[float, ...] = ()
+
+    @classmethod
+    def of_clip(cls, clip: Clip) -> Facts:
+        """What a decoded clip says of its video, for another clip of the same frames."""
+        height, width = clip.frames.shape[1:3]
+        return cls(
+            "video", width, height, clip.codec or "", clip.total_frames, clip.fps, clip.duration,
+            indices=tuple(clip.frame_indices), timestamps=tuple(clip.timestamps.tolist()),
+        )  # fmt: skip
 
     def blank_clip(self, name: str, sampling: FrameSampling, *, pixels: bool = True) -> Clip:
         """The sampled clip with black frames: what planning needs of a video, without decoding it.
@@ -202,15 +211,11 @@ def probe(
             facts = Facts("image", width, height, codec=Path(name_of(source)).suffix.lower().lstrip("."))
         else:
             clip = read_video(source, sampling, verify=known is None, decoding=decoding)
-            height, width = clip.frames.shape[1:3]
-            backend, codec = clip.backend, clip.codec
+            backend = clip.backend
             rotation = clip.rotation if known is None else known.rotation
-            assert codec is not None
+            assert clip.codec is not None
             assert rotation is not None
-            facts = Facts(
-                "video", width, height, codec, clip.total_frames, clip.fps, clip.duration, rotation, str(sampling),
-                tuple(clip.frame_indices), tuple(clip.timestamps.tolist()),
-            )  # fmt: skip
+            facts = replace(Facts.of_clip(clip), rotation=rotation, sampling=str(sampling))
     except MediaError as error:
         fault = Fault(error.message, error.hint, error.reason)
         return error.with_traceback(None) if error.reason in PASSING or state is None else Entry(*state, fault=fault)

@@ -21,11 +21,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part, Positions
 from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
+from evs_train.data.features import inverse, memory_order
 from evs_train.data.video import Clip
 
 Features = list[Tensor]
 """Everything the encoder says of one video or image, each (num_tokens, D): pooled embeddings, then deepstack layers.
 Rows that stand behind a video's T * N tokens always stay (LLaVA-OneVision's newline)."""
+
+Encoding = tuple[dict[Kind, list[Features]], list[tuple[Kind, Features]]]
+"""Features of all media of a batch by kind, and of the blanks that were encoded beside them."""
 
 GATED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """`lora_targets` of language models as Llama's: attention and a gated MLP."""
@@ -180,6 +184,10 @@ class Family(ABC):
         """The modules that `projector_entries` names. Default: each is one module."""
         return [model.get_submodule(name) for name in self.projector_entries]
 
+    def num_projections(self, kind: Kind, count: int) -> int:
+        """How often `project` runs the projector for so many media. Default: once for all."""
+        return min(count, 1)
+
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         """`mm_encoder_outputs` for the forward, from the retained features of all media in reading order.
 
@@ -273,10 +281,4 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     order = memory_order(tensors[0])
-    inverse = [order.index(dim) for dim in range(len(order))]
-    return torch.cat([one.permute(order) for one in tensors]).permute(inverse)
-
-
-def memory_order(tensor: Tensor) -> list[int]:
-    """The permutation that makes a dense tensor contiguous, where its first dimension is the outermost in memory."""
-    return [0, *sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True)]
+    return torch.cat([one.permute(order) for one in tensors]).permute(inverse(order))

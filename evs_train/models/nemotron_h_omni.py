@@ -123,6 +123,9 @@ class NemotronHOmni(Family):
             features += super().project(model, media, kind, group)
         return features
 
+    def num_projections(self, kind: Kind, count: int) -> int:
+        return count if kind == "video" else super().num_projections(kind, count)
+
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int("pixel_values" in media) if kind == "image" else len(media.get("pixel_values_videos", ()))
 
