@@ -249,6 +249,11 @@ class TuningSection(Section):
     freeze: list[Part] = Field(["vision"], description="parts that stay as they are (with lora: see lora.parts)")
     lora: LoraSection = Field(default_factory=LoraSection)
 
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the vision tower is trained, or gets adapters."""
+        return "vision" not in self.freeze if self.method == "full" else "vision" in self.lora.parts
+
     @model_validator(mode="after")
     def _something_is_trained(self) -> TuningSection:
         if self.method == "full" and set(self.freeze) == set(PARTS):
@@ -350,9 +355,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _cached_features_stand_still(self) -> Recipe:
-        tuning = self.tuning
-        trained = "vision" not in tuning.freeze if tuning.method == "full" else "vision" in tuning.lora.parts
-        if self.data.cache_features is not None and trained:
+        if self.data.cache_features is not None and self.tuning.trains_vision:
             raise ValueError(
                 "data.cache_features needs a frozen vision tower: put vision into tuning.freeze (method full), or take "
                 "it out of tuning.lora.parts (method lora)"

@@ -48,11 +48,10 @@ def open_store(recipe: Recipe, family: Family, model: PreTrainedModel) -> Featur
     """The store of what this model's tower says under this recipe. Every process must call it.
 
     Raises:
-        RecipeError: the folder cannot be written, or the tower says something else each time it is asked.
+        RecipeError: the folder cannot be written.
     """
     section = recipe.data.cache_features
     assert section is not None
-    _check_deterministic(family)
     data = recipe.data
     settings = {
         "weights": _digest(model, family),
@@ -73,7 +72,14 @@ def open_store(recipe: Recipe, family: Family, model: PreTrainedModel) -> Featur
         ) from error
 
 
-def _check_deterministic(family: Family) -> None:
+def check_family(family: Family) -> None:
+    """Whether what a family's tower says can be kept.
+
+    Raises:
+        RecipeError: it has no such code, or the tower says something else each time it is asked.
+    """
+    if not family.projector_entries:
+        raise RecipeError(f"data.cache_features is not possible with {family.model_type}", "leave the key out")
     active = {name: p for name, p in family.config.vision_config.to_dict().items() if "drop" in name and p}
     if active:
         raise RecipeError(
@@ -99,9 +105,9 @@ def _whole(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes a parameter that ZeRO-3 has partitioned whole; every process must enter it."""
     if not (is_deepspeed_zero3_enabled() and isinstance(tensor, nn.Parameter)):
         return contextlib.nullcontext()
-    from deepspeed.zero import GatheredParameters  # noqa: PLC0415 (imported late: it is slow)
+    import deepspeed  # noqa: PLC0415 (imported late: it is slow)
 
-    gathered: contextlib.AbstractContextManager[Any] = GatheredParameters([tensor])
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor])
     return gathered
 
 

@@ -29,7 +29,7 @@ from evs_train.errors import DataError
 Kind = Literal["video", "image"]
 Media = dict[str, Any]
 """Inputs of the vision encoder by name: tensors, or lists of tensors where sizes differ."""
-PIXELS = ("pixel_values", "pixel_values_videos")
+PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Those of them that hold what media show; the others say what shape it has."""
 Picture = Image | Tensor
 """A decoded image; of one that is a shape only, (3, H, W) uint8 on the meta device."""

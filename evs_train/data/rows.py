@@ -169,4 +169,4 @@ class RowReader:
 
 
 def _without_pixels(media: Media) -> Media:
-    return {name: value for name, value in media.items() if name not in PIXELS}
+    return {name: value for name, value in media.items() if name not in PIXELS.values()}

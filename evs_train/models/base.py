@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part, Positions
-from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
+from evs_train.data.chat import PIXELS, Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.features import inverse, memory_order
 from evs_train.data.video import Clip
 
@@ -60,7 +60,8 @@ class Family(ABC):
             be packed. Recurrent layers see a shorter sequence instead, and take no borders between documents.
         averages_loss: its forward returns the mean over a micro-batch and takes no count of the whole batch's tokens.
         position_rules: the values of `evs.positions` that this family has; see `Positions`.
-        projector_entries: modules of the projector that take what the vision tower says, in the order of `Features`.
+        projector_entries: modules of the projector that take what the vision tower says, in the order of `Features`;
+            without them the family cannot keep it (`data.cache_features`).
         reads_pixels: its processor looks at what pixels say, so it cannot be run on stand-ins that have none.
     """
 
@@ -77,7 +78,7 @@ class Family(ABC):
     attention_only: ClassVar[bool] = True
     averages_loss: ClassVar[bool] = False
     position_rules: ClassVar[tuple[Positions, ...]] = ("preserve",)
-    projector_entries: ClassVar[tuple[str, ...]]
+    projector_entries: ClassVar[tuple[str, ...]] = ()
     reads_pixels: ClassVar[bool] = False
 
     def __init__(
@@ -136,9 +137,10 @@ class Family(ABC):
     def blank(self, kind: Kind) -> Media:
         """Encoder inputs of the smallest blank video or image (CPU), for ranks whose batch has none."""
 
-    @abstractmethod
     def split_media(self, media: Media, kind: Kind) -> list[Media]:
-        """Encoder inputs of each video, or each image, of one row: what `tower` takes."""
+        """Encoder inputs of each video, or each image, of one row: what `tower` takes. Default: pixels are a list."""
+        name = PIXELS[kind]
+        return [{name: [pixels]} for pixels in media.get(name, ())]
 
     @torch.no_grad()
     def tower(self, model: Any, medium: Media, kind: Kind) -> list[Tensor]:
@@ -183,6 +185,10 @@ class Family(ABC):
     def entries(self, model: Any) -> list[nn.Module]:
         """The modules that `projector_entries` names. Default: each is one module."""
         return [model.get_submodule(name) for name in self.projector_entries]
+
+    def tower_values(self, kind: Kind) -> float:
+        """How many numbers `tower` gives for each token of a video or image. Raises NotImplementedError: see above."""
+        raise NotImplementedError(self.model_type)
 
     def num_projections(self, kind: Kind, count: int) -> int:
         """How often `project` runs the projector for so many media. Default: once for all."""

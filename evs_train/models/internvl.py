@@ -78,8 +78,8 @@ class InternVL(OneDimensional):
         ).pooler_output  # (tiles, N, D)
         return [[of_one.flatten(0, 1)] for of_one in embeds.split([len(one) for one in pixels])]
 
-    def split_media(self, media: Media, kind: Kind) -> list[Media]:
-        return [{INPUTS[kind]: [pixels]} for pixels in media.get(INPUTS[kind], ())]
+    def tower_values(self, kind: Kind) -> float:
+        return float(self.config.vision_config.hidden_size / self.config.downsample_ratio**2)
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(INPUTS[kind] in media)

@@ -20,6 +20,7 @@ norm comes behind that layer and never gets a gradient, so it is frozen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -97,7 +98,7 @@ class LlavaOnevision(OneDimensional):
 
     def split_media(self, media: Media, kind: Kind) -> list[Media]:
         if kind == "video":
-            return [{"pixel_values_videos": [pixels]} for pixels in media.get("pixel_values_videos", ())]
+            return super().split_media(media, kind)
         if "pixel_values" not in media:
             return []
         row = media["batch_num_images"]  # one number: more than one says that an image is not tiled
@@ -121,6 +122,12 @@ class LlavaOnevision(OneDimensional):
             return [[rows] for rows in packed]
         pooled = inner.apply_pooling(embeds).flatten(0, 1)
         return _of_videos(torch.cat([pooled, inner.image_newline[None]]), counts)
+
+    def tower_values(self, kind: Kind) -> float:
+        # Videos are pooled behind the projector; of images in tiles a little more is kept than their padding leaves.
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return float(vision.hidden_size * ((side / math.ceil(side / 2)) ** 2 if kind == "video" else 1))
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(("pixel_values_videos" if kind == "video" else "pixel_values") in media)

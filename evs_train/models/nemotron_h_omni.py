@@ -114,7 +114,7 @@ class NemotronHOmni(Family):
     def split_media(self, media: Media, kind: Kind) -> list[Media]:
         if kind == "image":
             return split_patches(media, "pixel_values", "image_grid_hw")
-        return [{"pixel_values_videos": [pixels]} for pixels in media.get("pixel_values_videos", ())]
+        return super().split_media(media, kind)
 
     def project(self, model: Any, media: Media, kind: Kind, towers: Sequence[list[Tensor]]) -> list[Features]:
         groups = [towers] if kind == "image" else [[one] for one in towers]  # as `encode` calls the tower
@@ -122,6 +122,9 @@ class NemotronHOmni(Family):
         for group in groups:
             features += super().project(model, media, kind, group)
         return features
+
+    def tower_values(self, kind: Kind) -> float:
+        return float(self.config.vision_hidden_size * int(1 / self.config.downsample_ratio) ** 2)
 
     def num_projections(self, kind: Kind, count: int) -> int:
         return count if kind == "video" else super().num_projections(kind, count)

@@ -8,7 +8,8 @@ Untested with the released weights and code, which the tests replace by a stand-
 
 So the features go in as `inputs_embeds`, and forward is given one black tile that it encodes and drops, besides ids
 without placeholders. Cost: that tile in every step.
-What this family cannot do: packing (Mamba layers), float32 (the code computes features in bfloat16). The code asks
+What this family cannot do: packing (Mamba layers), float32 (the code computes features in bfloat16), and keeping what
+the tower says (`data.cache_features`). The code asks
 torch.distributed for its rank (start with torchrun), and imports mamba-ssm, timm and einops.
 """
 
@@ -46,7 +47,6 @@ class NemotronNanoVLV2(Family):
     shares_encoder: ClassVar[bool] = True
     attention_only: ClassVar[bool] = False
     averages_loss: ClassVar[bool] = True
-    projector_entries: ClassVar[tuple[str, ...]] = ("mlp1",)
     reads_pixels: ClassVar[bool] = True
 
     def __init__(
@@ -96,9 +96,6 @@ class NemotronNanoVLV2(Family):
         pixels: list[Tensor] = media[INPUTS[kind]]
         embeds = model.extract_feature(torch.cat(pixels).to(model.dtype))  # (tiles, N, D)
         return [[of_one.flatten(0, 1)] for of_one in embeds.split([len(one) for one in pixels])]
-
-    def split_media(self, media: Media, kind: Kind) -> list[Media]:
-        return [{INPUTS[kind]: [pixels]} for pixels in media.get(INPUTS[kind], ())]
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(INPUTS[kind] in media)

@@ -37,6 +37,9 @@ class Qwen3VL(QwenVL):
     def entries(self, model: Any) -> list[nn.Module]:
         return [*super().entries(model), *model.model.visual.deepstack_merger_list]
 
+    def tower_values(self, kind: Kind) -> float:
+        return super().tower_values(kind) * (1 + len(self.config.vision_config.deepstack_visual_indexes))
+
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         outputs = {}
         for kind in ("image", "video"):

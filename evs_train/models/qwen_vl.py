@@ -120,6 +120,10 @@ class QwenVL(Family):
         pixels, grid = ENCODER_INPUTS[kind]
         return split_patches(media, pixels, grid)
 
+    def tower_values(self, kind: Kind) -> float:
+        vision = self.config.vision_config
+        return float(vision.hidden_size * vision.spatial_merge_size**2)
+
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(ENCODER_INPUTS[kind][1] in media)
 

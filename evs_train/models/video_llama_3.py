@@ -77,6 +77,9 @@ class VideoLlama3(OneDimensional):
     def split_media(self, media: Media, kind: Kind) -> list[Media]:
         return split_patches(media, *INPUTS[kind])
 
+    def tower_values(self, kind: Kind) -> float:
+        return float(self.config.vision_config.hidden_size)
+
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(INPUTS[kind][0] in media)
 
