@@ -15,10 +15,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import queue
-import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,8 +119,9 @@ class Writer:
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
         self.counts: Counter[str] = Counter()
-        self._queue: queue.Queue[tuple[str, Stored, Callable[[], None]] | None] = queue.Queue(_MOST_WAITING)
-        self._thread: threading.Thread | None = None
+        # Its thread starts with the first entry, when the loader has forked its processes.
+        self._executor = ThreadPoolExecutor(1, "feature-writer")
+        self._waiting: deque[Future[None]] = deque()
         self._stopped = False
 
     def put(self, key: str, stored: Stored) -> bool:
@@ -130,34 +130,35 @@ class Writer:
         Its outputs may be on any device.
         """
         if not self._stopped and not self.store.has(key):
-            if self._thread is None:  # not earlier: the loader forks its processes before
-                self._thread = threading.Thread(target=self._work, name="feature-writer", daemon=True)
-                self._thread.start()
-            outputs, wait = _to_host(stored.outputs)
-            self._queue.put((key, Stored(outputs, stored.facts), wait))
+            self._wait(_MOST_WAITING - 1)
+            outputs, arrived = _to_host(stored.outputs)
+            self._waiting.append(self._executor.submit(self._write, key, Stored(outputs, stored.facts), arrived))
         return not self._stopped
 
     def close(self) -> None:
         """Wait until everything is written."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+        self._wait(0)
+        self._executor.shutdown()
 
-    def _work(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            key, stored, wait = entry
-            wait()
+    def _wait(self, most: int) -> None:
+        """Until so many entries wait. Raises what the thread has raised."""
+        while len(self._waiting) > most:
+            self._waiting.popleft().result()
+
+    def _write(self, key: str, stored: Stored, arrived: Callable[[], None]) -> None:
+        arrived()
+        size = None
+        if not self._stopped:
             try:
-                size = None if self._stopped else self.store.write(key, stored)
+                size = self.store.write(key, stored)
             except OSError as error:
                 self._stop(f"cannot be written: {error}")
-                size = None
-            if size is None and not self._stopped:
-                gib = self.store.max_bytes / 2**30
-                self._stop(f"holds {gib:g} GiB (max_gib) and is full; other settings' folders in it may be old")
-            self.counts["not_written"] += size is None
-            self.counts["bytes_written"] += size or 0
+            else:
+                if size is None:
+                    gib = self.store.max_bytes / 2**30
+                    self._stop(f"holds {gib:g} GiB (max_gib) and is full; folders of other settings in it may be old")
+        self.counts["not_written"] += size is None
+        self.counts["bytes_written"] += size or 0
 
     def _stop(self, why: str) -> None:
         self._stopped = True

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from evs_train import cli
 from evs_train.check import check
 from evs_train.config import Recipe
 from evs_train.data import rows as data_rows
+from evs_train.data.features import FeatureStore
 from evs_train.data.index import Entry, Fault, MediaIndex, state_of
 from evs_train.encoder_cache import COUNTS, open_store
 from evs_train.errors import MediaError, RecipeError
@@ -31,8 +33,9 @@ from tests.runs import arguments, metrics, recipe_of
 UNIFORM = {"kind": "uniform", "min": 0.0, "max": 0.9}
 FROZEN: dict[str, Any] = {"tuning__freeze": ["vision"], "optim__lr_by_part": {}}
 LORA: dict[str, Any] = {"tuning__method": "lora", "tuning__lora__targets": ["q_proj", "linear_fc1"]}
-NUM_MEDIA = 6
-"""Of `mixed_rows`: one row has two videos, one an image, one a video, one both, one neither."""
+GRIDS = ["image_pieces", "video_grid_thw", "video_pieces"]
+NUM_FILES = 5
+"""Of `mixed_rows`: three rows have videos, one of them two; one has an image, and so has one of those."""
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def test_both_epochs_are_those_of_a_run_without_it(
     cached = recipe("cached", family_name)
     lines = train(cached)
     assert curve(lines) == curve(plain)
-    assert total(lines, "misses") == len(decoded) >= NUM_MEDIA
+    assert total(lines, "misses") == len(decoded) >= NUM_FILES
     assert total(lines, "hits") > 0 < total(lines, "bytes_read")
     assert lines[-1]["data/feature_cache_misses"] == total(lines, "not_written") == 0
     written = sum(file.stat().st_size for file in entries(tmp_path))
@@ -183,7 +186,7 @@ def test_a_full_cache_keeps_what_it_has(
     section = {"path": str(tmp_path / "cache"), "max_gib": 600_000 / 2**30}
     first = train(recipe("first", data__cache_features=section))
     assert 0 < sum(file.stat().st_size for file in entries(tmp_path)) <= 600_000
-    assert 0 < len(entries(tmp_path)) < NUM_MEDIA
+    assert 0 < len(entries(tmp_path)) < NUM_FILES
     assert total(first, "not_written") > 0
     assert "is full" in caplog.text
     kept = entries(tmp_path)
@@ -211,6 +214,29 @@ def test_a_disk_that_fails_costs_time_and_nothing_else(
     assert curve(lines) == curve(plain)
     assert total(lines, "hits") == total(lines, "bytes_written") == 0 < total(lines, "not_written")
     assert "cannot be written" in caplog.text
+
+
+def test_a_defect_of_the_writer_ends_the_run(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(FeatureStore, "write", fails)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe("first"))
+
+
+def test_a_run_ends_when_everything_is_written(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = FeatureStore.write
+
+    def slowly(*args: Any) -> int | None:
+        time.sleep(1)
+        return write(*args)
+
+    monkeypatch.setattr(FeatureStore, "write", slowly)
+    train(recipe("first", train__steps=1, train__batch_size=5))
+    assert len(entries(tmp_path)) == NUM_FILES
 
 
 def settings(recipe: Recipe, change: Callable[[nn.Module], None] = lambda model: None) -> str:
@@ -271,9 +297,13 @@ def test_a_file_that_is_gone_or_known_to_be_bad_is_refused(
     folder = tmp_path / "data"
     shutil.copytree(mixed_rows.parent, folder)
     run = Run(recipe("run", data__rows=folder / "rows.json"))
-    run.train()
+    run.build_trainer()
     number = next(number for number, sample in enumerate(run.samples) if sample.id == "still")
-    assert "pixel_values_videos" not in run.reader.read(number).media
+    new = run.reader.read(number).media
+    assert (sorted(new), sorted(new["video_pieces"][0])) == (GRIDS, ["facts", "inputs", "key"])
+    run.train()
+    found = run.reader.read(number).media
+    assert (sorted(found), sorted(found["video_pieces"][0])) == (GRIDS, ["key", "outputs"])
     state = state_of(str(folder / "still.mp4"))
     assert state is not None
     run.reader.index.entries[str(folder / "still.mp4")] = Entry(*state, fault=Fault("it is bad", "", "damaged"))
@@ -281,9 +311,9 @@ def test_a_file_that_is_gone_or_known_to_be_bad_is_refused(
         run.reader.read(number)
     run.reader = dataclasses.replace(run.reader, index=MediaIndex(), _bad_files={})
     (folder / "still.mp4").unlink()
-    with pytest.raises(MediaError) as found:
+    with pytest.raises(MediaError) as refused:
         run.reader.read(number)
-    assert found.value.reason == "missing"
+    assert refused.value.reason == "missing"
 
 
 def test_pictures_are_drawn_from_decoded_frames(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,12 +142,21 @@ def test_old_drafts_of_killed_processes_go(tmp_path: Path) -> None:
 def write_all(path: Path, bound: int, seed: int) -> None:
     cache = FeatureStore(path, FeatureStore.of(path, bound, {}).settings, bound)
     for number in range(40):
-        cache.write(f"{number % 20:02d}", stored(number % 20, size=200))
-        cache.read(f"{(number + seed) % 20:02d}")
+        own = (number + 7 * seed) % 20
+        cache.write(f"{own:02d}", stored(own, size=200))
+        cache.read(f"{(own + 3) % 20:02d}")
 
 
-def test_processes_share_a_folder(tmp_path: Path) -> None:
+def test_processes_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They write the same entries at the same time, and together no more than the bound."""
+    size_of = FeatureStore._size
+
+    def slowly(cache: FeatureStore) -> int:
+        found = size_of(cache)
+        time.sleep(0.01)  # so that another process would come in between
+        return found
+
+    monkeypatch.setattr(FeatureStore, "_size", slowly)
     size = store(tmp_path / "one").write("00", stored(0, size=200))
     assert size
     bound = 12 * size + size // 2

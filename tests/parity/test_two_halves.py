@@ -61,6 +61,7 @@ def test_they_give_the_values_and_gradients_of_encode(rig: Rig, kind: Kind) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tower_gives_so_many_values_and_no_gradient(rig: Rig, kind: Kind) -> None:
+    rig.model.requires_grad_(True)
     of_kind = [planned.item for planned in rig.batch(ROWS)["plan"].items if planned.item.kind == kind]
     said = towers(rig, kind)
     assert not any(one.requires_grad for outputs in said for one in outputs)
