@@ -1,8 +1,8 @@
 """What a recipe's data are, before anything is trained: every medium read, every row planned, no weights and no GPU.
 
 Media are probed in parallel into the index (`data/index.py`), which training then uses. Each row is made into ids and
-labels by the code that training uses, from black frames of the true size, number and times. So its tokens, and what is
-refused, are those of training, and only the pixels differ.
+labels by the code that training uses, from frames of the true size, number and times that have no pixels. So its
+tokens, and what is refused, are those of training.
 
 Cost: each medium that the index does not know is decoded twice (end to end, and the frames that are sampled), and each
 row costs one run of the model's processor; both on all cores. Memory is one row's frames for each core.

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks import feature_cache
 from evs_train import cli
 from evs_train.check import check
 from evs_train.config import Recipe
@@ -106,6 +108,26 @@ def test_both_epochs_are_those_of_a_run_without_it(
     estimate = check(Run(cached), num_workers=0).feature_cache_gib
     assert estimate is not None
     assert estimate * 2**30 == pytest.approx(written - 2000 * len(entries(tmp_path)), rel=0.1)  # without headers
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "nemotron_h_omni", "internvl"])
+def test_images_that_stand_together(
+    family: str, recipe: Callable[..., Recipe], mixed_rows: Path, tmp_path: Path
+) -> None:
+    """LLaVA-OneVision cuts an image into tiles only if it stands alone, so the same file is two entries."""
+    photo, other = mixed_rows.parent / "photo.png", tmp_path / "other.png"
+    Image.open(photo).transpose(Image.Transpose.ROTATE_90).save(other)
+    answer = {"from": "gpt", "value": "Noise."}
+    rows = [
+        {"image": [str(photo), str(other)], "conversations": [{"from": "human", "value": "<image><image>"}, answer]},
+        {"image": str(photo), "conversations": [{"from": "human", "value": "<image>"}, answer]},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    options = {"data__rows": tmp_path / "rows.json", "train__steps": 3}
+    plain = train(recipe("plain", family, cached=False, **options))
+    first, second = (train(recipe(name, family, **options)) for name in ("first", "second"))
+    assert curve(first) == curve(second) == curve(plain)
+    assert (len(entries(tmp_path)), total(second, "misses"), total(second, "hits")) == (3, 0, 9)
 
 
 def test_other_rates_use_the_same_entries(recipe: Callable[..., Recipe], decoded: list[int], tmp_path: Path) -> None:
@@ -421,3 +443,13 @@ def test_counts_are_since_the_last_log(recipe: Callable[..., Recipe]) -> None:
     rare = train(recipe("rare", train__log_every=100))
     assert total(every, "hits") == total(rare, "hits")
     assert total(every, "bytes_read") == total(rare, "bytes_read")
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    feature_cache.main(["--size", "toy", "--out", str(tmp_path / "results.json")])
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found["settings"]["size"] == "toy"
+    results = found["results"]
+    assert set(results["seconds"]) == {"without", "first", "second"}
+    assert results["second_epoch_is_faster"]["than_the_first"]["median"] > 0
+    assert results["disk_mib"] == pytest.approx(results["estimated_mib"], rel=0.1)

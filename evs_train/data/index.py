@@ -88,9 +88,11 @@ class Facts:
         )  # fmt: skip
 
     def blank_clip(self, name: str, sampling: FrameSampling, *, pixels: bool = True) -> Clip:
-        """The sampled clip with black frames: what planning needs of a video, without decoding it.
+        """The sampled clip with blank frames: what planning needs of a video, without decoding it.
 
-        `sampling` may differ from the one that gave `indices` in its share alone. `pixels`: the frames take memory.
+        Args:
+            sampling: may differ from the one that gave `indices` in its share alone.
+            pixels: the frames are black, and take memory and a processor's work; otherwise they have a shape only.
         """
         places = sampling.thinned(len(self.indices))
         shape = (len(places), self.height, self.width, 3)

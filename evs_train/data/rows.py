@@ -2,7 +2,9 @@
 
 Invariant: the blank example of a row has the ids, labels and lengths of the real one, since both are made by the same
 code from the same facts (`index.Facts`); only pixels differ. What this process found to be bad is not read again.
-Cost: that of decoding and of the model's processor. Which row comes when is not decided here (`order.py`).
+Where it is kept what the vision tower says of all media of a row, its example is the blank one with that beside it.
+Cost: that of decoding and of the model's processor; without pixels, of the text and of reading what is kept. Which row
+comes when is not decided here (`order.py`).
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ class RowReader:
         return dataclasses.replace(example, media=_without_pixels(example.media) | pieces, decoded_by=())
 
     def blank(self, sample: Sample, facts: Sequence[Facts], *, share: float = 1.0) -> Example:
-        """The example of a row from black media; `facts` of its videos, then of its images. Raises DataError."""
+        """The example of a row from blank media; `facts` of its videos, then of its images. Raises DataError."""
         sampling = dataclasses.replace(self.sampling, share=share)
         videos, images = facts[: len(sample.videos)], facts[len(sample.videos) :]
         pixels = self.encoder.reads_pixels
