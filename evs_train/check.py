@@ -1,8 +1,8 @@
 """What a recipe's data are, before anything is trained: every medium read, every row planned, no weights and no GPU.
 
 Media are probed in parallel into the index (`data/index.py`), which training then uses. Each row is made into ids and
-labels by the code that training uses, from black frames of the true size, number and times. So its tokens, and what is
-refused, are those of training, and only the pixels differ.
+labels by the code that training uses, from frames of the true size, number and times that have no pixels. So its
+tokens, and what is refused, are those of training.
 
 Cost: each medium that the index does not know is decoded twice (end to end, and the frames that are sampled), and each
 row costs one run of the model's processor; both on all cores. Memory is one row's frames for each core.
@@ -21,7 +21,7 @@ from typing import Any
 
 from evs_train.data.budget import BudgetBatches, Usage
 from evs_train.data.chat import Example, MediaItem
-from evs_train.data.index import Facts, index_file, num_cores
+from evs_train.data.index import Facts, Kind, index_file, key_of, num_cores
 from evs_train.data.lengths import Known, PlannedRow, Probed, Refused, probe_media
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.inputs import Inputs, deepspeed_file
@@ -50,6 +50,8 @@ class Report:
         backends: videos by what decodes them: decord, pyav or images; the index says which for each file.
         step, rows_per_step: what an optimizer step is, and how many rows it reads on average.
         usage: how micro-batches with a budget of tokens are used.
+        feature_cache_gib: what `data.cache_features` would take on disk, at most, for every medium with all of its
+            frames; None where the vision tower is trained.
         labels: a row's text in pieces, each with whether it is trained on; media are one piece.
     """
 
@@ -70,6 +72,7 @@ class Report:
     usage: Usage | None
     index: str
     backends: dict[str, int]
+    feature_cache_gib: float | None
 
     def as_json(self) -> dict[str, Any]:
         """A mapping for `json.dumps`."""
@@ -156,7 +159,26 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
         usage=usage,
         index=probed.place,
         backends=probed.backends,
+        feature_cache_gib=_feature_gib(run, rows),
     )
+
+
+def _feature_gib(run: Inputs, rows: Sequence[PlannedRow | Refused]) -> float | None:
+    """GiB of what the tower says of all distinct media."""
+    family, tuning = run.family, run.recipe.tuning
+    if not family.projector_entries or tuning.trains_vision:
+        return None
+    tokens: dict[tuple[Kind, str], int] = {}
+    for sample, row in zip(run.samples, rows, strict=True):
+        if isinstance(row, PlannedRow):
+            full = row.full
+            for source, units, per_unit in zip(sample.videos, full.num_units, full.tokens_per_unit, strict=True):
+                tokens["video", key_of(source)] = units * per_unit
+            tokens["image", "|".join(map(key_of, sample.images))] = full.num_image_tokens
+    # Where weights are kept in float32, so may be what autocast hands on from layer to layer.
+    halves = run.recipe.model.dtype == "bfloat16" and (tuning.method == "lora" or run.recipe.deepspeed is not None)
+    values = sum(count * family.tower_values(kind) for (kind, _), count in tokens.items())
+    return values * (2 if halves else 4) / 2**30
 
 
 def _tokens(planned: Sequence[PlannedRow], rate: float, *, cap: bool) -> dict[str, int]:

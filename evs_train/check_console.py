@@ -51,6 +51,12 @@ def show_report(report: Report, console: Console) -> None:
             "another row because theirs is refused or too long.",
             highlight=False,
         )
+    if report.feature_cache_gib is not None:
+        console.print(
+            f"What the frozen vision tower says of all media takes at most {report.feature_cache_gib:.3g} GiB on disk "
+            "(data.cache_features).",
+            highlight=False,
+        )
     if report.labels:
         console.print("\nOne row; what is trained on is green:")
         console.print(_labels_text(report))

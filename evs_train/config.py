@@ -67,6 +67,13 @@ class DemoSection(Section):
     num_frames: int = Field(16, ge=1, description="frames of a clip")
 
 
+class FeatureCacheSection(Section):
+    """Keep what a frozen vision tower says of each medium, so that later epochs need neither it nor the pixels."""
+
+    path: str = Field(description="folder, which several runs may share")
+    max_gib: float = Field(100.0, gt=0, description="GiB of all files in it; what does not fit is computed each time")
+
+
 class DataSection(Section):
     """Which rows and media are read, and how videos are sampled."""
 
@@ -108,6 +115,7 @@ class DataSection(Section):
         "lose_frames",
         description="a row that alone has more than max_tokens_per_batch is shown with fewer frames, or refused",
     )
+    cache_features: FeatureCacheSection | None = None
     verify: bool = Field(
         True, description="decode each video once from end to end before its first use: finds damage that decord hides"
     )
@@ -241,6 +249,11 @@ class TuningSection(Section):
     freeze: list[Part] = Field(["vision"], description="parts that stay as they are (with lora: see lora.parts)")
     lora: LoraSection = Field(default_factory=LoraSection)
 
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the vision tower is trained, or gets adapters."""
+        return "vision" not in self.freeze if self.method == "full" else "vision" in self.lora.parts
+
     @model_validator(mode="after")
     def _something_is_trained(self) -> TuningSection:
         if self.method == "full" and set(self.freeze) == set(PARTS):
@@ -341,6 +354,15 @@ class Recipe(Section):
     export: ExportSection = Field(default_factory=ExportSection)
     demo: DemoSection | None = None
     dry_run: bool = Field(False, description="print the resolved recipe, what is trained and the first batches; stop")
+
+    @model_validator(mode="after")
+    def _cached_features_stand_still(self) -> Recipe:
+        if self.data.cache_features is not None and self.tuning.trains_vision:
+            raise ValueError(
+                "data.cache_features needs a frozen vision tower: put vision into tuning.freeze (method full), or take "
+                "it out of tuning.lora.parts (method lora)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_batch(self) -> Recipe:

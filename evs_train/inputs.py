@@ -32,6 +32,7 @@ from evs_train.data.order import DrawOrder
 from evs_train.data.rows import RowReader
 from evs_train.data.schedule import FixedBatches, Schedule
 from evs_train.data.video import decoding_options, frame_sampling
+from evs_train.encoder_cache import check_family
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family, without_weights
@@ -66,6 +67,8 @@ class Inputs:
             raise RecipeError(
                 f"train.packing: {self.family.model_type} cannot be packed", "its recurrent layers would mix the rows"
             )
+        if recipe.data.cache_features is not None:
+            check_family(self.family)
         self.sampler = samplers.build_sampler(recipe.evs.rate)
         self.rates = Rates(self.sampler, recipe.seed, recipe.evs.scope == "sample", recipe.evs.cap)
         self.world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))

@@ -30,15 +30,13 @@ from evs_train import evs
 from evs_train.collate import BatchPlan, PlannedItem
 from evs_train.data.chat import Kind, Media, MediaItem
 from evs_train.data.template import IGNORE_INDEX
-from evs_train.models.base import Family, Features
+from evs_train.encoder_cache import EncoderCache
+from evs_train.models.base import Encoding, Family, Features
 from evs_train.objectives import supervised_places
 from evs_train.timing import Stopwatch
 
 KINDS: tuple[Kind, ...] = ("image", "video")
 INPUTS = ("input_ids", "labels", "media", "plan", "index", "position_ids", "sequential_ids", "further")
-
-Encoding = tuple[dict[Kind, list[Features]], list[tuple[Kind, Features]]]
-"""Features of all media of a batch by kind, and of the blanks that were encoded beside them."""
 
 
 def compact(batch: dict[str, Any], selected: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
@@ -106,6 +104,7 @@ class EvsHook:
         equal_calls: all ranks must call the tower equally often, as ZeRO-3 needs: its modules gather their weights by
             collectives.
         teacher: the further pass is a teacher: without gradient and dropout.
+        cache: encodes media instead, where the vision tower is frozen and what it says is kept.
         autocast: makes the mixed-precision context that the forward runs in.
         targets: (S,) supervised tokens of the last batch, the same in all its passes.
         passes: what the further passes of the last batch gave, in its order.
@@ -119,6 +118,7 @@ class EvsHook:
     encoder_trains: bool = False
     equal_calls: bool = False
     teacher: bool = False
+    cache: EncoderCache | None = None
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     targets: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -234,6 +234,8 @@ class EvsHook:
             return self._run_encoder(media, training)
 
     def _run_encoder(self, media: Media, training: bool) -> Encoding:
+        if self.cache is not None:
+            return self.cache.encode(media, training)
         encoded: dict[Kind, list[Features]] = {"image": [], "video": []}
         blanks: list[tuple[Kind, Features]] = []
         calls = {kind: self.family.num_encoder_calls(media, kind) for kind in KINDS}

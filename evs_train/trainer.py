@@ -222,6 +222,8 @@ class UptrainTrainer(Trainer):
             "memory/peak_gib": _peak_memory() / 2**30,
             **self.quarantine.metrics(),
         }
+        if self.hook.cache is not None:
+            metrics |= self.hook.cache.metrics(lambda t: self.accelerator.reduce(t, "sum"), self.args.device)
         if self.lr_scheduler is not None and self.optimizer is not None:
             for group in self.optimizer.param_groups:
                 metrics[f"lr/{group['name'].removesuffix('_no_decay')}"] = float(group["lr"])

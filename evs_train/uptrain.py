@@ -37,6 +37,7 @@ from evs_train.config import Recipe
 from evs_train.data import manifest
 from evs_train.data.lengths import Progress, unwatched
 from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
+from evs_train.encoder_cache import EncoderCache, open_store
 from evs_train.errors import RecipeError
 from evs_train.evaluate.live import LiveCurve, questions_of
 from evs_train.inputs import Inputs, deepspeed_file
@@ -120,6 +121,8 @@ class Run(Inputs):
                 set_aside(output)
             write_record(output, self._record())
         trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.hook.cache is not None:
+            trainer.hook.cache.writer.close()
         trainer.save_model(str(output / "final"))
         unset_hf_deepspeed_config()  # or the model that the export loads would be partitioned, too
         total = trainer.tally.total
@@ -163,6 +166,15 @@ class Run(Inputs):
             equal_calls=is_deepspeed_zero3_enabled(),
             teacher=recipe.objective.kind == "teacher",
         )
+        if recipe.data.cache_features is not None:
+            self.reader.features = open_store(recipe, self.family, plain)
+            hook.cache = EncoderCache(
+                self.reader.features,
+                self.family,
+                plain,
+                projector_trains=hook.encoder_trains,
+                equal_calls=hook.equal_calls,
+            )
         trainer = UptrainTrainer(
             hook=hook,
             optim=recipe.optim,

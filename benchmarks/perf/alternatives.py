@@ -40,8 +40,8 @@ from benchmarks.perf.runs import Step, Workload
 from benchmarks.perf.shapes import CPU, QWEN_2B, TOY, qwen3_vl_8b
 from evs_train.collate import PlannedItem
 from evs_train.data.template import IGNORE_INDEX
-from evs_train.models.base import Features
-from evs_train.prune import Encoding, EvsHook
+from evs_train.models.base import Encoding, Features
+from evs_train.prune import EvsHook
 
 RATE = 0.75
 

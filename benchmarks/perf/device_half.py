@@ -23,7 +23,8 @@ from benchmarks.perf.harness import Bench, Side, timed, turns
 from benchmarks.perf.runs import ScriptedRun, Step, StepClock, Workload
 from benchmarks.perf.waits import noted_waits
 from evs_train.collate import BatchPlan
-from evs_train.prune import Encoding, EvsHook, to_device
+from evs_train.models.base import Encoding
+from evs_train.prune import EvsHook, to_device
 from evs_train.timing import Stopwatch
 
 

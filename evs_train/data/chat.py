@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ from evs_train.errors import DataError
 Kind = Literal["video", "image"]
 Media = dict[str, Any]
 """Inputs of the vision encoder by name: tensors, or lists of tensors where sizes differ."""
+PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""Those of them that hold what media show; the others say what shape it has."""
+Picture = Image | Tensor
+"""A decoded image; of one that is a shape only, (3, H, W) uint8 on the meta device."""
 
 THUMBNAIL_SIDE = 320
 
@@ -69,11 +73,15 @@ class Prepared:
 
 
 class SampleEncoder(Renderer, Protocol):
-    """What this module needs of a family's adapter (see `models/base.py`)."""
+    """What `data` needs of a family's adapter (see `models/base.py`)."""
 
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared: ...
+    reads_pixels: ClassVar[bool]
+
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Picture]) -> Prepared: ...
 
     def position_ids(self, prepared: Prepared) -> Tensor | None: ...
+
+    def split_media(self, media: Media, kind: Kind) -> list[Media]: ...
 
     def fingerprint(self) -> str: ...
 
@@ -113,7 +121,7 @@ class Example:
 def build_example(
     sample: Sample,
     clips: Sequence[Clip],
-    images: Sequence[Image],
+    images: Sequence[Picture],
     encoder: SampleEncoder,
     *,
     template_kwargs: Mapping[str, Any],
@@ -155,7 +163,7 @@ def build_example(
 def build_prompt(
     sample: Sample,
     clips: Sequence[Clip],
-    images: Sequence[Image],
+    images: Sequence[Picture],
     encoder: SampleEncoder,
     *,
     template_kwargs: Mapping[str, Any],
@@ -168,7 +176,7 @@ def build_prompt(
 
 
 def _prepare(
-    sample: Sample, text: str, clips: Sequence[Clip], images: Sequence[Image], encoder: SampleEncoder
+    sample: Sample, text: str, clips: Sequence[Clip], images: Sequence[Picture], encoder: SampleEncoder
 ) -> Prepared:
     processor = encoder.processor
     for token, count in ((processor.video_token, len(clips)), (processor.image_token, len(images))):

@@ -18,13 +18,16 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import pyarrow
+import torch
+from PIL import Image
 from pyarrow import feather
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from evs_train.config import DataSection
@@ -75,16 +78,34 @@ class Facts:
     indices: tuple[int, ...] = ()
     timestamps: tuple[float, ...] = ()
 
-    def blank_clip(self, name: str, sampling: FrameSampling) -> Clip:
-        """The sampled clip with black frames: what planning needs of a video, without decoding it.
+    @classmethod
+    def of_clip(cls, clip: Clip) -> Facts:
+        """What a decoded clip says of its video, for another clip of the same frames."""
+        height, width = clip.frames.shape[1:3]
+        return cls(
+            "video", width, height, clip.codec or "", clip.total_frames, clip.fps, clip.duration,
+            indices=tuple(clip.frame_indices), timestamps=tuple(clip.timestamps.tolist()),
+        )  # fmt: skip
 
-        `sampling` may differ from the one that gave `indices` in its share alone.
+    def blank_clip(self, name: str, sampling: FrameSampling, *, pixels: bool = True) -> Clip:
+        """The sampled clip with blank frames: what planning needs of a video, without decoding it.
+
+        Args:
+            sampling: may differ from the one that gave `indices` in its share alone.
+            pixels: the frames are black, and take memory and a processor's work; otherwise they have a shape only.
         """
         places = sampling.thinned(len(self.indices))
-        frames = np.zeros((len(places), self.height, self.width, 3), dtype=np.uint8)
+        shape = (len(places), self.height, self.width, 3)
+        frames = np.zeros(shape, dtype=np.uint8) if pixels else np.broadcast_to(np.uint8(0), shape)
         times = np.asarray(self.timestamps, dtype=np.float64)[places]
         indices = [self.indices[place] for place in places]
-        return Clip(frames, indices, self.fps, times, self.num_frames, self.duration, name)
+        return Clip(frames, indices, self.fps, times, self.num_frames, self.duration, name, shape_only=not pixels)
+
+    def blank_image(self, *, pixels: bool = True) -> Image.Image | Tensor:
+        """A black image of the same size, or (3, H, W) uint8 on the meta device: a shape without memory."""
+        if pixels:
+            return Image.new("RGB", (self.width, self.height))
+        return torch.empty((3, self.height, self.width), dtype=torch.uint8, device="meta")
 
 
 @dataclass(frozen=True)
@@ -192,15 +213,11 @@ def probe(
             facts = Facts("image", width, height, codec=Path(name_of(source)).suffix.lower().lstrip("."))
         else:
             clip = read_video(source, sampling, verify=known is None, decoding=decoding)
-            height, width = clip.frames.shape[1:3]
-            backend, codec = clip.backend, clip.codec
+            backend = clip.backend
             rotation = clip.rotation if known is None else known.rotation
-            assert codec is not None
+            assert clip.codec is not None
             assert rotation is not None
-            facts = Facts(
-                "video", width, height, codec, clip.total_frames, clip.fps, clip.duration, rotation, str(sampling),
-                tuple(clip.frame_indices), tuple(clip.timestamps.tolist()),
-            )  # fmt: skip
+            facts = replace(Facts.of_clip(clip), rotation=rotation, sampling=str(sampling))
     except MediaError as error:
         fault = Fault(error.message, error.hint, error.reason)
         return error.with_traceback(None) if error.reason in PASSING or state is None else Entry(*state, fault=fault)

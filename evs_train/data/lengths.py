@@ -1,6 +1,6 @@
 """How many tokens every row has, before and after pruning, without decoding: what `schedule.py` builds batches from.
 
-A row is made into ids and labels by the code that training uses, from black frames of the size, number and times that
+A row is made into ids and labels by the code that training uses, from blank frames of the size, number and times that
 the index has (`rows.RowReader.blank`). So its lengths, and what is refused, are those of training. A row that is too
 long for a batch is also measured with fewer of its frames.
 

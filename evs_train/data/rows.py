@@ -2,7 +2,9 @@
 
 Invariant: the blank example of a row has the ids, labels and lengths of the real one, since both are made by the same
 code from the same facts (`index.Facts`); only pixels differ. What this process found to be bad is not read again.
-Cost: that of decoding and of the model's processor. Which row comes when is not decided here (`order.py`).
+Where it is kept what the vision tower says of all media of a row, its example is the blank one with that beside it.
+Cost: that of decoding and of the model's processor; without pixels, of the text and of reading what is kept. Which row
+comes when is not decided here (`order.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from evs_train.data.chat import Example, SampleEncoder, build_example
+from evs_train.data.chat import PIXELS, Example, Kind, Media, Picture, SampleEncoder, build_example
 from evs_train.data.decoding import Decoding
+from evs_train.data.features import PIECES, FeatureStore, Keys
 from evs_train.data.index import Entry, Facts, Fault, MediaIndex
 from evs_train.data.manifest import Sample
 from evs_train.data.sampling import FrameSampling
@@ -35,6 +38,7 @@ class RowReader:
         verify: check each video from end to end before its first use, unless `index` knows the file.
         decoding: decoder and limits.
         index: what is known of media files that have not changed since.
+        features: what the vision tower said of media; a row whose media are all there is not decoded.
     """
 
     samples: Sequence[Sample]
@@ -46,6 +50,7 @@ class RowReader:
     verify: bool = True
     decoding: Decoding = field(default_factory=Decoding)
     index: MediaIndex = field(default_factory=MediaIndex)
+    features: FeatureStore | None = None
     # What this process found to be bad, so that it is not decoded again. Whole errors would keep their frames alive.
     _bad_files: dict[Source, Fault] = field(default_factory=dict)
     _bad_rows: dict[int, Fault] = field(default_factory=dict)
@@ -60,20 +65,61 @@ class RowReader:
             raise DataError(*self._bad_rows[number])
         sample = self.samples[number]
         sampling = dataclasses.replace(self.sampling, share=share)
-        clips = [self._clip(source, sampling) for source in sample.videos]
-        images = [self._image(source) for source in sample.images]
+        keys = None if self.features is None else self.features.keys(sample, sampling)
         try:
-            return self._build(sample, clips, images, keep_frames=keep_frames)
+            found = None if keys is None or keep_frames else self._stored(sample, keys)
+            return found or self._decoded(sample, sampling, keys, keep_frames=keep_frames)
         except DataError as error:
             self._bad_rows[number] = Fault(error.message, error.hint, error.reason)
             raise
 
+    def _decoded(
+        self, sample: Sample, sampling: FrameSampling, keys: Keys | None, *, keep_frames: bool = False
+    ) -> Example:
+        clips = [self._clip(source, sampling) for source in sample.videos]
+        images = [self._image(source) for source in sample.images]
+        example = self._build(sample, clips, images, keep_frames=keep_frames)
+        if keys is None:
+            return example
+        facts: dict[Kind, list[Facts]] = {
+            "video": [Facts.of_clip(clip) for clip in clips],
+            "image": [Facts("image", image.width, image.height, codec="") for image in images],
+        }
+        pieces = {
+            PIECES[kind]: [
+                {"key": key, "inputs": inputs, "facts": one}
+                for key, inputs, one in zip(
+                    of_kind, self.encoder.split_media(example.media, kind), facts[kind], strict=True
+                )
+            ]
+            for kind, of_kind in keys.items()
+        }
+        return dataclasses.replace(example, media=_without_pixels(example.media) | pieces)
+
+    def _stored(self, sample: Sample, keys: Keys) -> Example | None:
+        """The example of a row all of whose media were encoded before: nothing is decoded."""
+        assert self.features is not None
+        for source in (*sample.videos, *sample.images):
+            self._known(source)
+        found = self.features.find(keys)
+        if found is None:
+            return None
+        example = self.blank(sample, [one.facts for kind in ("video", "image") for one in found[kind]])
+        pieces = {
+            PIECES[kind]: [{"key": key, "outputs": one.outputs} for key, one in zip(of_kind, found[kind], strict=True)]
+            for kind, of_kind in keys.items()
+        }
+        return dataclasses.replace(example, media=_without_pixels(example.media) | pieces, decoded_by=())
+
     def blank(self, sample: Sample, facts: Sequence[Facts], *, share: float = 1.0) -> Example:
-        """The example of a row from black media; `facts` of its videos, then of its images. Raises DataError."""
+        """The example of a row from blank media; `facts` of its videos, then of its images. Raises DataError."""
         sampling = dataclasses.replace(self.sampling, share=share)
         videos, images = facts[: len(sample.videos)], facts[len(sample.videos) :]
-        clips = [one.blank_clip(name_of(at), sampling) for one, at in zip(videos, sample.videos, strict=True)]
-        return self._build(sample, clips, [Image.new("RGB", (one.width, one.height)) for one in images])
+        pixels = self.encoder.reads_pixels
+        clips = [
+            one.blank_clip(name_of(at), sampling, pixels=pixels) for one, at in zip(videos, sample.videos, strict=True)
+        ]
+        return self._build(sample, clips, [one.blank_image(pixels=pixels) for one in images])
 
     def file_to_blame(self, sample: Sample, error: DataError | MediaError) -> str | None:
         """The medium that a row failed for, or None if the row itself is bad."""
@@ -81,7 +127,7 @@ class RowReader:
         return files[0] if files and isinstance(error, MediaError) else None
 
     def _build(
-        self, sample: Sample, clips: Sequence[Clip], images: Sequence[Image.Image], *, keep_frames: bool = False
+        self, sample: Sample, clips: Sequence[Clip], images: Sequence[Picture], *, keep_frames: bool = False
     ) -> Example:
         return build_example(
             sample,
@@ -122,3 +168,7 @@ class RowReader:
         except MediaError as error:
             self._bad_files[source] = Fault(error.message, error.hint, error.reason)
             raise
+
+
+def _without_pixels(media: Media) -> Media:
+    return {name: value for name, value in media.items() if name not in PIXELS.values()}

@@ -66,6 +66,7 @@ class Clip:
         backend: what decoded it: decord, pyav or images.
         codec: of the file, by FFmpeg's name; None where only decord looked at it.
         rotation: degrees by which the file says that its pictures are turned; None where it was not verified.
+        shape_only: nothing was decoded: `frames` has the shape alone, one zero for all of its values.
     """
 
     frames: npt.NDArray[np.uint8]
@@ -78,6 +79,7 @@ class Clip:
     backend: str = "decord"
     codec: str | None = None
     rotation: int | None = None
+    shape_only: bool = False
 
 
 def read_video(
@@ -105,7 +107,7 @@ def read_video(
     """
     source = str(source) if isinstance(source, Path) else source
     name = name_of(source)
-    reply = DECODER.request(name, decoding.timeout, _absolute(source), decoding, sampling, verify, suits_decord)
+    reply = DECODER.request(name, decoding.timeout, absolute(source), decoding, sampling, verify, suits_decord)
     facts = reply.facts
     timestamps = np.array(facts.pop("timestamps"), np.float64)
     clip = Clip(frames=reply.pixels, timestamps=timestamps, path=name, **facts)
@@ -149,10 +151,10 @@ def read_image(source: str | TarMember | Path, *, decoding: Decoding = DEFAULTS)
         MediaError: the image cannot be used, see `errors.Reason`.
     """
     source = str(source) if isinstance(source, Path) else source
-    return Image.fromarray(DECODER.request(name_of(source), decoding.timeout, _absolute(source), decoding).pixels)
+    return Image.fromarray(DECODER.request(name_of(source), decoding.timeout, absolute(source), decoding).pixels)
 
 
-def _absolute(source: Source) -> Source:
+def absolute(source: Source) -> Source:
     """The same for a process that may have another working directory."""
     here = os.getcwd()
     if isinstance(source, TarMember):

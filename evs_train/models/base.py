@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part, Positions
-from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.chat import PIXELS, Kind, Media, MediaItem, Picture, Prepared
+from evs_train.data.features import inverse, memory_order
 from evs_train.data.video import Clip
 
 Features = list[Tensor]
 """Everything the encoder says of one video or image, each (num_tokens, D): pooled embeddings, then deepstack layers.
 Rows that stand behind a video's T * N tokens always stay (LLaVA-OneVision's newline)."""
+
+Encoding = tuple[dict[Kind, list[Features]], list[tuple[Kind, Features]]]
+"""Features of all media of a batch by kind, and of the blanks that were encoded beside them."""
 
 GATED_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """`lora_targets` of language models as Llama's: attention and a gated MLP."""
@@ -56,6 +59,9 @@ class Family(ABC):
         attention_only: tokens meet in attention and nowhere else, so dropping a token equals masking it, and rows can
             be packed. Recurrent layers see a shorter sequence instead, and take no borders between documents.
         position_rules: the values of `evs.positions` that this family has; see `Positions`.
+        projector_entries: modules of the projector that take what the vision tower says, in the order of `Features`;
+            without them the family cannot keep it (`data.cache_features`).
+        reads_pixels: its processor looks at what pixels say, so it cannot be run on stand-ins that have none.
     """
 
     model_type: ClassVar[str]
@@ -70,6 +76,8 @@ class Family(ABC):
     shares_encoder: ClassVar[bool]
     attention_only: ClassVar[bool] = True
     position_rules: ClassVar[tuple[Positions, ...]] = ("preserve",)
+    projector_entries: ClassVar[tuple[str, ...]] = ()
+    reads_pixels: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -105,7 +113,7 @@ class Family(ABC):
         return text
 
     @abstractmethod
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Picture]) -> Prepared:
         """Expand the placeholders of one rendered conversation and preprocess its media (see `Prepared`)."""
 
     def position_ids(self, prepared: Prepared) -> Tensor | None:
@@ -126,6 +134,63 @@ class Family(ABC):
     @abstractmethod
     def blank(self, kind: Kind) -> Media:
         """Encoder inputs of the smallest blank video or image (CPU), for ranks whose batch has none."""
+
+    def split_media(self, media: Media, kind: Kind) -> list[Media]:
+        """Encoder inputs of each video, or each image, of one row: what `tower` takes. Default: pixels are a list."""
+        name = PIXELS[kind]
+        return [{name: [pixels]} for pixels in media.get(name, ())]
+
+    @torch.no_grad()
+    def tower(self, model: Any, medium: Media, kind: Kind) -> list[Tensor]:
+        """What the vision tower says of one video or image: the inputs of the projector's entries, without gradient.
+
+        Their first dimension runs over patches, frames or tiles. Cost: that of `encode` of this medium.
+        """
+        found: dict[int, Tensor] = {}
+        handles = [
+            entry.register_forward_pre_hook(lambda _, args, number=number: found.__setitem__(number, args[0]))
+            for number, entry in enumerate(self.entries(model))
+        ]
+        try:
+            self.encode(model, medium, kind)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [found[number] for number in range(len(handles))]
+
+    def project(self, model: Any, media: Media, kind: Kind, towers: Sequence[list[Tensor]]) -> list[Features]:
+        """What `encode` says of all videos, or all images, of a batch, from what `tower` said of each.
+
+        The projector runs once over all of them, as in `encode`: values and gradients are the same to the bit wherever
+        the tower says of each medium alone what it says of several.
+
+        Args:
+            media: encoder inputs of the batch; pixels are not looked at and may be missing.
+            towers: of each video or image, in the order of the batch.
+        """
+        layers = []
+        for number, outputs in enumerate(zip(*towers, strict=True)):
+            rows = self.projected(model, number, joined(outputs)).flatten(0, -2)  # (all tokens, D)
+            total = sum(one.numel() for one in outputs)
+            layers.append(rows.split([len(rows) * one.numel() // total for one in outputs]))
+        return [list(features) for features in zip(*layers, strict=True)]
+
+    def projected(self, model: Any, number: int, outputs: Tensor) -> Tensor:
+        """(..., D) what the projector makes of the inputs of its entry `number`. Default: what the entry returns."""
+        rows: Tensor = self.entries(model)[number](outputs)
+        return rows
+
+    def entries(self, model: Any) -> list[nn.Module]:
+        """The modules that `projector_entries` names. Default: each is one module."""
+        return [model.get_submodule(name) for name in self.projector_entries]
+
+    def tower_values(self, kind: Kind) -> float:
+        """How many numbers `tower` gives for each token of a video or image. Raises NotImplementedError: see above."""
+        raise NotImplementedError(self.model_type)
+
+    def num_projections(self, kind: Kind, count: int) -> int:
+        """How often `project` runs the projector for so many media. Default: once for all."""
+        return min(count, 1)
 
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         """`mm_encoder_outputs` for the forward, from the retained features of all media in reading order.
@@ -195,5 +260,29 @@ def expanded(text: str, texts: Mapping[str, Sequence[str]]) -> str:
 
 
 def frames_tensor(clip: Clip) -> Tensor:
-    """Frames of a clip as processors take them: (F, H, W, 3) -> (F, 3, H, W) uint8."""
+    """Frames of a clip as processors take them: (F, H, W, 3) -> (F, 3, H, W) uint8.
+
+    Of a clip that is a shape only they are on the meta device, on which processors compute shapes.
+    """
+    if clip.shape_only:
+        num_frames, height, width, channels = clip.frames.shape
+        return torch.empty((num_frames, channels, height, width), dtype=torch.uint8, device="meta")
     return torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
+
+
+def split_patches(media: Media, pixels: str, grid: str, *others: str) -> list[Media]:
+    """`split_media` where patches of all media stand in one tensor and `grid` (n, 2 or 3) counts those of each."""
+    if pixels not in media:
+        return []
+    counts = media[grid].prod(-1).tolist()
+    names = (grid, *others)
+    rest = [{name: media[name][place : place + 1] for name in names} for place in range(len(counts))]
+    return [{pixels: own, **of_one} for own, of_one in zip(media[pixels].split(counts), rest, strict=True)]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors along dimension 0, laid out in memory as the first one is: other strides may round otherwise."""
+    if len(tensors) == 1:
+        return tensors[0]
+    order = memory_order(tensors[0])
+    return torch.cat([one.permute(order) for one in tensors]).permute(inverse(order))

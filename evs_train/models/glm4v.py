@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part
@@ -44,6 +45,12 @@ class Glm4v(QwenVL):
     }
     end_of_turn: ClassVar[str] = "<|user|>"
     lora_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+
+    projector_entries: ClassVar[tuple[str, ...]] = ("model.visual.downsample",)
+
+    def projected(self, model: Any, number: int, outputs: Tensor) -> Tensor:
+        rows: Tensor = model.model.visual.merger(super().projected(model, number, outputs).flatten(1))
+        return rows
 
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         if not features:

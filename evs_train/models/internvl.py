@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part
-from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.video import Clip
 from evs_train.models.base import GATED_LAYERS, Features, OneDimensional, expanded, frames_tensor, reading_order
 
@@ -40,8 +39,9 @@ class InternVL(OneDimensional):
     }
     lora_targets: ClassVar[tuple[str, ...]] = GATED_LAYERS
     shares_encoder: ClassVar[bool] = True
+    projector_entries: ClassVar[tuple[str, ...]] = ("model.multi_modal_projector",)
 
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Picture]) -> Prepared:
         processor = self.processor
         placeholders: dict[Kind, str] = {"video": processor.video_token, "image": processor.image_token}
         media: dict[str, list[Tensor]] = {}
@@ -77,6 +77,9 @@ class InternVL(OneDimensional):
             pixel_values=torch.cat(pixels), return_dict=True
         ).pooler_output  # (tiles, N, D)
         return [[of_one.flatten(0, 1)] for of_one in embeds.split([len(one) for one in pixels])]
+
+    def tower_values(self, kind: Kind) -> float:
+        return float(self.config.vision_config.hidden_size / self.config.downsample_ratio**2)
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(INPUTS[kind] in media)

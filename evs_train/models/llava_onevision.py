@@ -20,17 +20,18 @@ norm comes behind that layer and never gets a gradient, so it is frozen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part
-from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.video import Clip
-from evs_train.models.base import GATED_LAYERS, Features, OneDimensional, frames_tensor
+from evs_train.models.base import GATED_LAYERS, Features, OneDimensional, frames_tensor, joined
 
 
 class LlavaOnevision(OneDimensional):
@@ -45,11 +46,12 @@ class LlavaOnevision(OneDimensional):
     unused: ClassVar[tuple[str, ...]] = ("model.vision_tower.post_layernorm.",)
     lora_targets: ClassVar[tuple[str, ...]] = GATED_LAYERS
     shares_encoder: ClassVar[bool] = True
+    projector_entries: ClassVar[tuple[str, ...]] = ("model.multi_modal_projector",)
 
     def normalized(self, text: str) -> str:
         return text.replace("<|im_start|>assistant \n", "<|im_start|>assistant\n")
 
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Picture]) -> Prepared:
         # Without `return_tensors`: videos and tiled images differ in length, and a list cannot be stacked.
         batch = self.processor(
             text=[text],
@@ -91,11 +93,41 @@ class LlavaOnevision(OneDimensional):
             out = model.get_image_features(**inputs, return_dict=True)
             return [[embeds] for embeds in out.pooler_output]
         videos = media["pixel_values_videos"]
-        frames = torch.cat(videos)
-        rows = model.get_video_features(frames[None], return_dict=True).pooler_output[0]  # (all T * N + 1, D)
-        per_frame = (len(rows) - 1) // len(frames)
-        *embeds, newline = rows.split([*(len(video) * per_frame for video in videos), 1])
-        return [[torch.cat([one, newline])] for one in embeds]
+        rows = model.get_video_features(torch.cat(videos)[None], return_dict=True).pooler_output[0]
+        return _of_videos(rows, [len(video) for video in videos])
+
+    def split_media(self, media: Media, kind: Kind) -> list[Media]:
+        if kind == "video":
+            return super().split_media(media, kind)
+        if "pixel_values" not in media:
+            return []
+        row = media["batch_num_images"]  # one number: more than one says that an image is not tiled
+        tiles = media["pixel_values"].chunk(int(row))  # a row has one image of many tiles, or images of one
+        sizes = media["image_sizes"].split(1)
+        return [
+            {"pixel_values": own, "image_sizes": size, "batch_num_images": row}
+            for own, size in zip(tiles, sizes, strict=True)
+        ]
+
+    def project(self, model: Any, media: Media, kind: Kind, towers: Sequence[list[Tensor]]) -> list[Features]:
+        inner = model.model
+        outputs = [one for (one,) in towers]  # each (frames or tiles, patches, hidden)
+        counts = [len(one) for one in outputs]
+        embeds = self.projected(model, 0, joined(outputs))
+        if kind == "image":
+            ratio = self.config.vision_aspect_ratio
+            packed, _ = inner.pack_image_features(
+                embeds.split(counts), media["image_sizes"], image_newline=inner.image_newline, vision_aspect_ratio=ratio
+            )
+            return [[rows] for rows in packed]
+        pooled = inner.apply_pooling(embeds).flatten(0, 1)
+        return _of_videos(torch.cat([pooled, inner.image_newline[None]]), counts)
+
+    def tower_values(self, kind: Kind) -> float:
+        # Videos are pooled behind the projector; of images in tiles a little more is kept than their padding leaves.
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return float(vision.hidden_size * ((side / math.ceil(side / 2)) ** 2 if kind == "video" else 1))
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(("pixel_values_videos" if kind == "video" else "pixel_values") in media)
@@ -118,3 +150,10 @@ class LlavaOnevision(OneDimensional):
         if of["video"]:  # the model flattens the first two dimensions of a tensor (batch, rows, D)
             outputs["video"] = BaseModelOutputWithPooling(pooler_output=torch.cat(of["video"])[None])
         return outputs
+
+
+def _of_videos(rows: Tensor, num_frames: Sequence[int]) -> list[Features]:
+    """Features of each video, from (all T * N + 1, D) rows of all of them and the newline."""
+    per_frame = (len(rows) - 1) // sum(num_frames)
+    *embeds, newline = rows.split([*(count * per_frame for count in num_frames), 1])
+    return [[torch.cat([one, newline])] for one in embeds]

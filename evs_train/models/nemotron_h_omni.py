@@ -14,14 +14,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evs_train.config import Part
-from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.video import Clip, video_metadata
-from evs_train.models.base import NO_ADAPTER_ON_EXPERTS, Family, Features, expanded, frames_tensor, reading_order
+from evs_train.models.base import (
+    NO_ADAPTER_ON_EXPERTS,
+    Family,
+    Features,
+    expanded,
+    frames_tensor,
+    reading_order,
+    split_patches,
+)
 
 
 class NemotronHOmni(Family):
@@ -57,9 +64,10 @@ class NemotronHOmni(Family):
     }
     lora_note: ClassVar[str] = NO_ADAPTER_ON_EXPERTS
     shares_encoder: ClassVar[bool] = False
+    projector_entries: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
     attention_only: ClassVar[bool] = False
 
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Picture]) -> Prepared:
         processor = self.processor
         placeholders: dict[Kind, str] = {"video": processor.video_token, "image": processor.image_token}
         media: Media = {}
@@ -67,13 +75,11 @@ class NemotronHOmni(Family):
         texts: dict[str, list[str]] = {placeholder: [] for placeholder in placeholders.values()}
         for clip in clips:
             metadata = video_metadata(clip)
-            inputs = processor.video_processor(
-                videos=[frames_tensor(clip)],
-                video_metadata=[metadata],
-                do_sample_frames=False,
-                return_tensors="pt",
-                **self.video_kwargs,
-            )
+            frames = frames_tensor(clip)
+            with frames.device:  # the processor makes statistics there; counts stay numbers without `return_tensors`
+                inputs = processor.video_processor(
+                    videos=[frames], video_metadata=[metadata], do_sample_frames=False, **self.video_kwargs
+                )
             pixels = inputs["pixel_values_videos"]  # (F, 3, H, W)
             media.setdefault("pixel_values_videos", []).append(pixels)
             texts[placeholders["video"]].append(
@@ -104,6 +110,24 @@ class NemotronHOmni(Family):
             return [[embeds] for embeds in out.pooler_output]
         videos = (model.get_video_features(pixels, return_dict=True) for pixels in media["pixel_values_videos"])
         return [[out.pooler_output.flatten(0, 1)] for out in videos]  # (T, N, D) -> (T * N, D)
+
+    def split_media(self, media: Media, kind: Kind) -> list[Media]:
+        if kind == "image":
+            return split_patches(media, "pixel_values", "image_grid_hw")
+        return super().split_media(media, kind)
+
+    def project(self, model: Any, media: Media, kind: Kind, towers: Sequence[list[Tensor]]) -> list[Features]:
+        groups = [towers] if kind == "image" else [[one] for one in towers]  # as `encode` calls the tower
+        features: list[Features] = []
+        for group in groups:
+            features += super().project(model, media, kind, group)
+        return features
+
+    def tower_values(self, kind: Kind) -> float:
+        return float(self.config.vision_hidden_size * int(1 / self.config.downsample_ratio) ** 2)
+
+    def num_projections(self, kind: Kind, count: int) -> int:
+        return count if kind == "video" else super().num_projections(kind, count)
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int("pixel_values" in media) if kind == "image" else len(media.get("pixel_values_videos", ()))

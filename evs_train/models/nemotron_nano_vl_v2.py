@@ -8,7 +8,8 @@ Untested with the released weights and code, which the tests replace by a stand-
 
 So the features go in as `inputs_embeds`, and forward is given one black tile that it encodes and drops, besides ids
 without placeholders. Cost: that tile in every step.
-What this family cannot do: packing (Mamba layers), float32 (the code computes features in bfloat16). The code asks
+What this family cannot do: packing (Mamba layers), float32 (the code computes features in bfloat16), and keeping what
+the tower says (`data.cache_features`). The code asks
 torch.distributed for its rank (start with torchrun), and imports mamba-ssm, timm and einops.
 """
 
@@ -19,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image, fromarray
+from PIL.Image import fromarray
 from torch import Tensor, nn
 
 from evs_train.config import Part, Positions
-from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.video import Clip
 from evs_train.models.base import Family, Features, expanded, reading_order
 
@@ -45,6 +46,7 @@ class NemotronNanoVLV2(Family):
     )  # fmt: skip
     shares_encoder: ClassVar[bool] = True
     attention_only: ClassVar[bool] = False
+    reads_pixels: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class NemotronNanoVLV2(Family):
         self._of_frames.max_num_tiles = 1
         self._side = int(config.force_image_size // config.patch_size * config.downsample_ratio)  # tokens
 
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Picture]) -> Prepared:
         video_token, image_token = self.processor.video_token, self.processor.image_token
         media: dict[str, list[Tensor]] = {}
         items: dict[Kind, list[MediaItem]] = {"video": [], "image": []}

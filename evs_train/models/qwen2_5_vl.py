@@ -12,16 +12,17 @@ Engines score the pooled embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
 
 from evs_train.config import Part, Positions
-from evs_train.data.chat import Prepared
-from evs_train.models.base import GATED_LAYERS
-from evs_train.models.qwen_vl import QwenVL
+from evs_train.data.chat import Kind, Media, Prepared
+from evs_train.models.base import GATED_LAYERS, Features
+from evs_train.models.qwen_vl import ENCODER_INPUTS, QwenVL
 
 
 class Qwen25VL(QwenVL):
@@ -35,6 +36,17 @@ class Qwen25VL(QwenVL):
     }
     lora_targets: ClassVar[tuple[str, ...]] = GATED_LAYERS
     position_rules: ClassVar[tuple[Positions, ...]] = ("preserve", "engine")
+
+    def project(self, model: Any, media: Media, kind: Kind, towers: Sequence[list[Tensor]]) -> list[Features]:
+        # The tower sorts patches by attention window, and the model sorts what the merger made of them back.
+        vision, grids = self.config.vision_config, media[ENCODER_INPUTS[kind][1]]
+        sorted_features = super().project(model, media, kind, towers)
+        features: list[Features] = []
+        for place, of_one in enumerate(sorted_features):
+            grid = grids[place : place + 1]
+            order, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+            features.append([rows[order.argsort()] for rows in of_one])
+        return features
 
     def position_ids(self, prepared: Prepared) -> Tensor:
         positions = super().position_ids(prepared)

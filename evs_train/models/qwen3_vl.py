@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from evs_train.config import Part
@@ -33,6 +33,12 @@ class Qwen3VL(QwenVL):
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
         out = self._encoded(model, media, kind)
         return [list(layers) for layers in zip(out.pooler_output, *out.deepstack_features, strict=True)]
+
+    def entries(self, model: Any) -> list[nn.Module]:
+        return [*super().entries(model), *model.model.visual.deepstack_merger_list]
+
+    def tower_values(self, kind: Kind) -> float:
+        return super().tower_values(kind) * (1 + len(self.config.vision_config.deepstack_visual_indexes))
 
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         outputs = {}

@@ -15,17 +15,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoModel
 
 from evs_train.config import Positions
-from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.video import Clip, video_metadata
-from evs_train.models.base import Family, Features, frames_tensor, reading_order
+from evs_train.models.base import Family, Features, frames_tensor, reading_order, split_patches
 
 POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", *POSITION_INPUTS)
+ENCODER_INPUTS: dict[Kind, tuple[str, str]] = {
+    "video": ("pixel_values_videos", "video_grid_thw"),
+    "image": ("pixel_values", "image_grid_thw"),
+}
 TOKEN_TYPES: dict[Kind, int] = {"image": 1, "video": 2}  # `mm_token_type_ids` of transformers; 0 is text
 
 
@@ -33,6 +36,7 @@ class QwenVL(Family):
     """Base of the Qwen VL and GLM-V adapters."""
 
     shares_encoder: ClassVar[bool] = True
+    projector_entries: ClassVar[tuple[str, ...]] = ("model.visual.merger",)
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class QwenVL(Family):
         with torch.device("meta"):  # no weights: only its position arithmetic is used
             self._positions_of = AutoModel.from_config(shallow).get_rope_index
 
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Picture]) -> Prepared:
         clips = [self._whole_unit(clip) for clip in clips]
         batch = self.processor(
             text=[text],
@@ -112,8 +116,16 @@ class QwenVL(Family):
             return model.get_video_features(media["pixel_values_videos"], media["video_grid_thw"], return_dict=True)
         return model.get_image_features(media["pixel_values"], media["image_grid_thw"], return_dict=True)
 
+    def split_media(self, media: Media, kind: Kind) -> list[Media]:
+        pixels, grid = ENCODER_INPUTS[kind]
+        return split_patches(media, pixels, grid)
+
+    def tower_values(self, kind: Kind) -> float:
+        vision = self.config.vision_config
+        return float(vision.hidden_size * vision.spatial_merge_size**2)
+
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
-        return int(("video_grid_thw" if kind == "video" else "image_grid_thw") in media)
+        return int(ENCODER_INPUTS[kind][1] in media)
 
     def blank(self, kind: Kind) -> Media:
         vision = self.config.vision_config

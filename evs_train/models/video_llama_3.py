@@ -18,12 +18,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image
 
 from evs_train.config import Part
-from evs_train.data.chat import Kind, Media, MediaItem, Prepared
+from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.video import Clip, video_metadata
-from evs_train.models.base import GATED_LAYERS, Features, OneDimensional, frames_tensor, reading_order
+from evs_train.models.base import GATED_LAYERS, Features, OneDimensional, frames_tensor, reading_order, split_patches
 
 INPUTS: dict[Kind, tuple[str, str, str]] = {
     "video": ("pixel_values_videos", "video_grid_thw", "video_merge_sizes"),
@@ -42,8 +41,10 @@ class VideoLlama3(OneDimensional):
     }
     lora_targets: ClassVar[tuple[str, ...]] = GATED_LAYERS
     shares_encoder: ClassVar[bool] = True
+    projector_entries: ClassVar[tuple[str, ...]] = ("model.projector",)
+    reads_pixels: ClassVar[bool] = True  # its mask of compressed tokens, which is full here, is made beside the pixels
 
-    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Image]) -> Prepared:
+    def prepare(self, text: str, clips: Sequence[Clip], images: Sequence[Picture]) -> Prepared:
         batch = self.processor(
             text=[text],
             images=list(images) or None,
@@ -72,6 +73,12 @@ class VideoLlama3(OneDimensional):
         inputs = {name: media[name] for name in INPUTS[kind]}
         encoder = model.get_video_features if kind == "video" else model.get_image_features
         return [[embeds] for embeds in encoder(**inputs, return_dict=True).pooler_output]
+
+    def split_media(self, media: Media, kind: Kind) -> list[Media]:
+        return split_patches(media, *INPUTS[kind])
+
+    def tower_values(self, kind: Kind) -> float:
+        return float(self.config.vision_config.hidden_size)
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(INPUTS[kind][0] in media)

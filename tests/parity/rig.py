@@ -19,9 +19,10 @@ from evs_train.data.manifest import read_rows
 from evs_train.data.rows import RowReader
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.template import IGNORE_INDEX
+from evs_train.models.base import Encoding
 from evs_train.models.loading import load_family, load_weights
 from evs_train.objectives import cross_entropies
-from evs_train.prune import KINDS, Encoding, EvsHook, compact
+from evs_train.prune import KINDS, EvsHook, compact
 from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
 from evs_train.tally import Tally
