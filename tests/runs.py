@@ -63,6 +63,14 @@ def torchrun(
     return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
+def torchrun_each(jobs: list[list[str]], num_processes: int, folder: Path) -> None:
+    """Do several runs, given by their arguments, in real processes that are started once (`runs_worker`)."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs), encoding="utf-8")
+    done = torchrun([str(file)], num_processes, program=("-m", "tests.distributed.runs_worker"))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def metrics(output: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl that report a loss."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -14,13 +14,14 @@ import pytest
 from evs_train.data.manifest import read_rows
 from evs_train.data.order import DrawOrder
 from evs_train.uptrain import Run
-from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of, torchrun
+from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of, torchrun, torchrun_each
 
 STEPS = 6
+MODES = (None, "zero2", "zero3")
 
 
-def run(checkpoint: Path, rows: Path, output: Path, processes: int, deepspeed: str | None) -> Path:
-    words = arguments(
+def words(checkpoint: Path, rows: Path, output: Path, processes: int, deepspeed: str | None) -> list[str]:
+    return arguments(
         checkpoint,
         rows,
         output,
@@ -29,24 +30,6 @@ def run(checkpoint: Path, rows: Path, output: Path, processes: int, deepspeed: s
         train__batch_size=2 // processes,
         evs__rate={"kind": "uniform", "min": 0.2, "max": 0.8},
     )
-    if processes == 1:
-        Run(recipe_of(words)).train()
-        return output
-    done = torchrun(words, processes)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return output
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    finished: dict[str, Path] = {}
-
-    def output_of(family: str, checkpoint: Path, rows: Path) -> Path:
-        if family not in finished:
-            finished[family] = run(checkpoint, rows, tmp_path_factory.mktemp("one"), 1, None)
-        return finished[family]
-
-    return output_of
 
 
 def test_the_rows_are_uneven_over_ranks(mixed_rows: Path) -> None:
@@ -60,26 +43,24 @@ def test_the_rows_are_uneven_over_ranks(mixed_rows: Path) -> None:
 
 
 @pytest.mark.capability("DDP, ZeRO-2, ZeRO-3", "yes")
-@pytest.mark.parametrize("deepspeed", [None, "zero2", "zero3"])
 @pytest.mark.xdist_group("distributed")
 def test_two_processes_give_the_curve_of_one(
-    family_name: str,
-    deepspeed: str | None,
-    tiny_checkpoint: Callable[[str], Path],
-    mixed_rows: Path,
-    one_process: Callable[..., Path],
-    tmp_path: Path,
+    family_name: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:
     checkpoint = tiny_checkpoint(family_name)
-    expected = metrics(one_process(family_name, checkpoint, mixed_rows))
-    found = metrics(run(checkpoint, mixed_rows, tmp_path / "two", 2, deepspeed))
-    assert len(found) == len(expected) == STEPS
-    for one, two in zip(expected, found, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
-        for name in ("evs/rate", "evs/video_tokens_before", "evs/video_tokens_after", "evs/supervised_tokens"):
-            assert two[name] == pytest.approx(one[name]), name
+    Run(recipe_of(words(checkpoint, mixed_rows, tmp_path / "one", 1, None))).train()
+    expected = metrics(tmp_path / "one")
     assert expected[-1]["loss"] < expected[0]["loss"]
+    outputs = {mode: tmp_path / str(mode) for mode in MODES}
+    torchrun_each([words(checkpoint, mixed_rows, output, 2, mode) for mode, output in outputs.items()], 2, tmp_path)
+    for mode, output in outputs.items():
+        found = metrics(output)
+        assert len(found) == len(expected) == STEPS, mode
+        for one, two in zip(expected, found, strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-5), mode
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), mode
+            for name in ("evs/rate", "evs/video_tokens_before", "evs/video_tokens_after", "evs/supervised_tokens"):
+                assert two[name] == pytest.approx(one[name]), (mode, name)
 
 
 @pytest.mark.xdist_group("distributed")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from evs_train.uptrain import Run
-from tests.runs import STILL, arguments, metrics, recipe_of, torchrun
+from tests.runs import STILL, arguments, metrics, recipe_of, torchrun_each
 
 STEPS = 4
 RATE = {"kind": "uniform", "min": 0.2, "max": 0.8}
@@ -38,23 +38,25 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["teacher", "sandwich"])
 @pytest.mark.xdist_group("distributed")
 def test_two_processes_give_the_curve_of_one(
-    case: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
+    kind: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:
-    family, objective, options = CASES[case]
+    cases = {name: case for name, case in CASES.items() if case[1]["kind"] == kind}
 
-    def words(output: Path, processes: int, **others: Any) -> list[str]:
+    def words(case: str, folder: str, processes: int, **others: Any) -> list[str]:
+        family, objective, options = cases[case]
         settings = {"objective": objective, "train__steps": STEPS, "train__batch_size": 2 // processes, **STILL}
+        output = tmp_path / folder / case
         return arguments(tiny_checkpoint(family), mixed_rows, output, **settings, **options | others, evs__rate=RATE)
 
-    Run(recipe_of(words(tmp_path / "one", 1, deepspeed=None))).train()
-    done = torchrun(words(tmp_path / "two", 2), 2)
-    assert done.returncode == 0, done.stderr[-4000:]
-    expected, found = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert len(found) == len(expected) == STEPS
-    for alone, both in zip(expected, found, strict=True):
-        assert both["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
-        for name in (name for name in alone if name == "loss" or name.startswith("loss/")):
-            assert both[name] == pytest.approx(alone[name], rel=1e-6, abs=1e-7), name
+    torchrun_each([words(case, "two", 2) for case in cases], 2, tmp_path)
+    for case in cases:
+        Run(recipe_of(words(case, "one", 1, deepspeed=None))).train()
+        expected, found = metrics(tmp_path / "one" / case), metrics(tmp_path / "two" / case)
+        assert len(found) == len(expected) == STEPS, case
+        for alone, both in zip(expected, found, strict=True):
+            assert both["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5), case
+            for name in (name for name in alone if name == "loss" or name.startswith("loss/")):
+                assert both[name] == pytest.approx(alone[name], rel=1e-6, abs=1e-7), (case, name)
