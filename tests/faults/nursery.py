@@ -1,13 +1,15 @@
 """A process that imports everything once and forks children that train: so a real kill costs a second, not ten.
 
-`python -m tests.faults.nursery` reads a job from each line of stdin and answers each with the children's exit codes, as
-JSON: `{"call": "module:function", "given": keyword arguments, "world": processes, "log": file, "kill_after": seconds or
-null, "limit": seconds}`. When one child ends otherwise than with 0 the others are killed, as torchrun does it.
+`python -m tests.faults.nursery CHECKPOINT` reads a job from each line of stdin and answers with the children's exit
+codes, as JSON: `{"call": "module:function", "given": keyword arguments, "world": processes, "log": file,
+"kill_after": seconds or null, "limit": seconds}`. When one child ends otherwise than with 0 the others are killed, as
+torchrun does it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -15,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -51,9 +54,10 @@ class Nursery:
 
 
 @contextlib.contextmanager
-def nursery(folder: Path) -> Iterator[Nursery]:
+def nursery(folder: Path, checkpoint: Path) -> Iterator[Nursery]:
+    """A nursery with its files in `folder`, for runs on `checkpoint`."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.nursery"],
+        [sys.executable, "-m", "tests.faults.nursery", str(checkpoint)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.PIPE,
@@ -70,13 +74,22 @@ def nursery(folder: Path) -> Iterator[Nursery]:
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever is printed on import
+    import deepspeed  # noqa: F401
     import torch
-    import transformers.models.qwen3_vl.modeling_qwen3_vl
     import transformers.models.qwen3_vl.processing_qwen3_vl  # noqa: F401
+    from tqdm import tqdm
 
     import tests.faults.victims  # noqa: F401
+    from evs_train.config import ModelSection
+    from evs_train.models.loading import load_config, load_weights
 
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # or it would start a thread
+    model = ModelSection(path=sys.argv[1])
+    load_weights(model, load_config(model.path), torch.float32)  # compiles hundreds of expressions, once for all
+    assert threading.active_count() == 1, "a fork would leave the other threads behind, with their locks"
+    gc.collect()
+    gc.freeze()  # children need not look through what is here, nor copy it
     for line in sys.stdin:
         print(json.dumps(_children(json.loads(line))), file=answers, flush=True)
 
@@ -118,7 +131,7 @@ def _fork(job: dict[str, Any], rank: int, port: int) -> int:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         module, name = job["call"].split(":")
         code = getattr(importlib.import_module(module), name)(rank=rank, **job["given"]) or 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (the child must not go on as a second nursery)
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -24,6 +24,7 @@ from evs_train.trainer import UptrainTrainer
 from tests.distributed.order_worker import WatchedRun
 from tests.runs import recipe_of
 
+OPTIMIZER = ("optimizer.pt", "optim_states.pt")
 Action = Callable[[], None]
 
 
@@ -81,12 +82,12 @@ def nth_in_save(number: int) -> Callable[..., bool]:
     return condition
 
 
-def to(name: str) -> Callable[..., bool]:
+def to(name: str | tuple[str, ...]) -> Callable[..., bool]:
     """The first argument is a path that ends so, in the save."""
     return lambda path, *args, **kwargs: in_save() and str(path).endswith(name)
 
 
-def half_written(owner: Any, name: str, place: int, ending: str) -> None:
+def half_written(owner: Any, name: str, place: int, ending: str | tuple[str, ...]) -> None:
     """Die with half of the file `ending` written, by the call whose argument number `place` is its path."""
     original = getattr(owner, name)
 
@@ -113,7 +114,7 @@ def _half_removed() -> None:
 
     def wrapped(path: Any, *args: Any, **kwargs: Any) -> None:
         if in_rotation() and Path(path).name.startswith(".removed-"):
-            sorted(Path(path).iterdir())[0].unlink()
+            min(Path(path).iterdir()).unlink()
             die()
         original(path, *args, **kwargs)
 
@@ -124,8 +125,8 @@ SAVE: dict[str, Action] = {
     "before staging": lambda: around(Checkpoints, "save", before=in_save),
     "staging, no file yet": lambda: around(UptrainTrainer, "save_model", before=in_save),
     "weights written": lambda: around(UptrainTrainer, "save_model", after=in_save),
-    "half of the optimizer": lambda: half_written(torch, "save", 1, "optimizer.pt"),
-    "optimizer written": lambda: around(torch, "save", after=lambda _, path, **k: to("optimizer.pt")(path)),
+    "half of the optimizer": lambda: half_written(torch, "save", 1, OPTIMIZER),
+    "optimizer written": lambda: around(torch, "save", after=lambda _, path, **k: to(OPTIMIZER)(path)),
     "rates written": lambda: around(torch, "save", after=lambda _, path, **k: to("scheduler.pt")(path)),
     "generators written": lambda: around(Trainer, "_save_rng_state", after=in_save),
     "all written, nothing synced": lambda: around(commit, "sync_all", before=in_save),
@@ -170,7 +171,9 @@ class Victim(WatchedRun):
             per_step = len(self.stream) // self.schedule.num_steps
             around(TrainingStream, "__getitem__", before=lambda _, number: number // per_step == self.step - 1)
         elif self.point == "in the log":
-            around(callbacks.JsonlCallback, "on_log", before=lambda _, a, state, *r, **k: state.global_step == self.step)
+            around(
+                callbacks.JsonlCallback, "on_log", before=lambda _, a, state, *r, **k: state.global_step == self.step
+            )
         elif self.point in STEP:
             event = {
                 "between backward and step": "on_pre_optimizer_step",
