@@ -70,7 +70,8 @@ def checkpoint_to_resume(checkpoints: Checkpoints, record: dict[str, Any], *, au
                 f"train.resume: no checkpoint in {output} is whole: {broken}",
                 "restore one, or start anew with train.resume=false, which moves them to older/",
             )
-        raise RecipeError(f"train.resume: there is no checkpoint in {output}", "start anew with train.resume=false")
+        what = "a run's final weights, and no checkpoint" if (output / "final").exists() else "no checkpoint"
+        raise RecipeError(f"train.resume: {output} holds {what}", "start anew with train.resume=false")
     checkpoint = str(found.path)
     if broken:
         _log.warning("going on from %s, the newest that is whole; %s", checkpoint, broken)
