@@ -73,7 +73,7 @@ def checkpoint_to_resume(checkpoints: Checkpoints, record: dict[str, Any], *, au
         what = "a run's final weights, and no checkpoint" if (output / "final").exists() else "no checkpoint"
         raise RecipeError(f"train.resume: {output} holds {what}", "start anew with train.resume=false")
     checkpoint = str(found.path)
-    if broken:
+    if broken and checkpoints.ranks.rank == 0:
         _log.warning("going on from %s, the newest that is whole; %s", checkpoint, broken)
     before = read_record(output)
     differing = [

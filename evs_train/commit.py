@@ -142,7 +142,7 @@ class Checkpoints:
         """Remove what kills left: staging folders, and checkpoints that were being removed. For one process alone."""
         for prefix in (_STAGING, _REMOVED):
             for folder in self.output.glob(f"{prefix}*"):
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed has no name that counts
 
     def require_space(self, needed: int, what: str) -> None:
         """Refuse to begin with fewer than `needed` bytes free.
