@@ -1,5 +1,6 @@
 # make uptrain   train, export and report the demo recipe (no GPU, no download of data or weights)
 # make test      the checks below, then the test suite
+# make faults    kills at every point and at 50 random times, in one process and in two (a quarter of an hour)
 # make test-gpu  what only a GPU can show
 # make check     lint, format, types, import layers
 # make bench     speed and memory against the limit, small shapes on a CPU (15 minutes at most; docs/performance.md)
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help uptrain bench bench-gpu proof test test-gpu check clean
+.PHONY: help uptrain bench bench-gpu proof test faults test-gpu check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ proof: $(STAMP)
 # and in several, which the tests compare, compute on the same kind of device.
 test: check
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+faults: $(STAMP)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults/test_kills.py -m "exhaustive or not exhaustive"
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest tests/gpu
