@@ -65,6 +65,8 @@ def _value(key: Schema) -> str:
         return " or ".join(_value(choice) for choice in key["anyOf"])
     if "enum" in key:
         return ", ".join(f"`{value}`" for value in key["enum"])
+    if "const" in key:
+        return f"`{key['const']}`"
     if key.get("type") == "array":
         return f"list of {_value(key['items'])}"
     if key.get("type") == "object":

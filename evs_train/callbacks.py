@@ -20,6 +20,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from evs_train.collate import PlannedItem
 from evs_train.config import Part, TrackingSection
+from evs_train.disk import replace_text, whole_lines
 from evs_train.models.base import Family
 from evs_train.models.tuning import recompute_only
 from evs_train.prune import EvsHook
@@ -55,8 +56,8 @@ class RecomputeOnly(TrainerCallback):
 class JsonlCallback(TrainerCallback):
     """Appends every log to `path` as one JSON object with its step: the twin of what goes to W&B.
 
-    A resumed run goes on after its checkpoint: lines of later steps, which will be trained again, are dropped. JSON has
-    no NaN or infinity, so these are written as the strings "nan", "inf" and "-inf".
+    A resumed run goes on after its checkpoint: lines of later steps, which will be trained again, are dropped, and one
+    that a kill cut short. JSON has no NaN or infinity, so these are written as the strings "nan", "inf" and "-inf".
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,9 +67,8 @@ class JsonlCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            kept = [line for line in whole_lines(self.path) if json.loads(line)["step"] <= state.global_step]
+            replace_text(self.path, "".join(kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log after the last step whatever `log_every` is, or its steps would be missing from the totals."""

@@ -2,20 +2,24 @@
 
 Invariant: a run goes on from a checkpoint only if seed, rows, rates, base and batch are those that made it, and files
 of an earlier run in the same folder never pass for the new one's. Cost: one small JSON file.
-This module does not write checkpoints; the trainer does.
+This module does not write checkpoints: the trainer does, and `commit.py` says which are whole.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import secrets
 import time
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from evs_train.commit import Checkpoints
 from evs_train.data.quarantine import QUARANTINE_FILE
+from evs_train.disk import replace_text
 from evs_train.errors import RecipeError
+
+_log = logging.getLogger(__name__)
 
 RECORD_FILE = "record.json"
 EXPORT_RECORD = "evs_train_record.json"
@@ -26,7 +30,7 @@ _OF_A_RUN = (RECORD_FILE, "metrics.jsonl", QUARANTINE_FILE, "pictures", "final",
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
     """Write the run's record (recipe, fingerprint of the data, versions) into its folder."""
-    (output / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    replace_text(output / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(output: Path) -> dict[str, Any]:
@@ -41,15 +45,35 @@ def read_record(output: Path) -> dict[str, Any]:
     return record
 
 
-def checkpoint_to_resume(output: Path, record: dict[str, Any]) -> str:
-    """The newest checkpoint in `output`, if the run that made it is the one that `record` describes.
+def checkpoint_to_resume(checkpoints: Checkpoints, record: dict[str, Any], *, auto: bool = False) -> str | None:
+    """The newest whole checkpoint, if the run that made it is the one that `record` describes.
+
+    Its files are hashed before anything reads them. Every process must call this. A run that is over but was killed
+    before its weights were in `final/` goes on from its last checkpoint, too, and has no step left to do.
+
+    Args:
+        auto: whether a folder without any checkpoint, where a run was killed before its first one, gives None: start.
+            And a run that is over is no error: what is missing behind its last checkpoint is written.
 
     Raises:
-        RecipeError: there is none, it is the end of its run, or the run was another one; both values are named.
+        RecipeError: there is no whole one (each broken one is named, with the reason), the run is over, or it was
+            another one; both values are named.
     """
-    checkpoint: str | None = get_last_checkpoint(str(output))
-    if checkpoint is None:
+    output = checkpoints.output
+    found = checkpoints.newest_whole()
+    broken = "; ".join(f"{name}: {fault}" for name, fault in found.broken.items())
+    if found.path is None:
+        if auto and not broken and not (output / "final").exists():
+            return None
+        if broken:
+            raise RecipeError(
+                f"train.resume: no checkpoint in {output} is whole: {broken}",
+                "restore one, or start anew with train.resume=false, which moves them to older/",
+            )
         raise RecipeError(f"train.resume: there is no checkpoint in {output}", "start anew with train.resume=false")
+    checkpoint = str(found.path)
+    if broken:
+        _log.warning("going on from %s, the newest that is whole; %s", checkpoint, broken)
     before = read_record(output)
     differing = [
         f"{name} (was {before.get(name)}, is {record[name]})"
@@ -61,7 +85,8 @@ def checkpoint_to_resume(output: Path, record: dict[str, Any]) -> str:
             f"train.resume: {output} was another run: {'; '.join(differing)}",
             "rows would be skipped or repeated; restore these, or start anew with train.resume=false",
         )
-    if int(checkpoint.rsplit("-", 1)[1]) >= record["num_steps"]:
+    is_over = int(checkpoint.rsplit("-", 1)[1]) >= record["num_steps"]
+    if is_over and not auto and (output / "final").is_dir():
         raise RecipeError(f"train.resume: {checkpoint} is the end of the run", f"evs-train export run={output}")
     return checkpoint
 
@@ -70,7 +95,7 @@ def set_aside(output: Path) -> None:
     """Move what an earlier run left in `output` to `output/older/TIME`: none of it may pass for the new run's."""
     found = [path for name in _OF_A_RUN for path in sorted(output.glob(name))]
     if found:
-        older = output / "older" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        older.mkdir(parents=True, exist_ok=True)
+        older = output / "older" / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+        older.mkdir(parents=True)
         for path in found:
             path.rename(older / path.name)

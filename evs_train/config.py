@@ -290,9 +290,13 @@ class TrainSection(Section):
     )
     log_every: int = Field(10, ge=1, description="steps between logs")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
-    keep_checkpoints: int = Field(2, ge=2, description="1 is refused: the newest may be torn when a run is killed")
+    keep_checkpoints: int = Field(2, ge=2, description="whole ones; 1 is refused: the newest may turn out damaged")
     pictures_every: int | None = Field(None, ge=1, description="steps between pictures of kept patches; null: none")
-    resume: bool = Field(False, description="continue from the newest checkpoint in output_dir")
+    resume: bool | Literal["auto"] = Field(
+        False,
+        description="go on from the newest whole checkpoint in output_dir; auto: start where there is no checkpoint, "
+        "so that the same command starts a run and goes on with it after a kill",
+    )
     timeout_minutes: float = Field(
         60.0,
         gt=0,

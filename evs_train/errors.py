@@ -68,6 +68,10 @@ class ModelError(EvsTrainError):
     """A checkpoint cannot be used: unsupported architecture, missing files, tensor names that differ."""
 
 
+class StorageError(EvsTrainError):
+    """A run's files cannot be written: the disk is full, or refuses."""
+
+
 class ServerError(EvsTrainError):
     """A model server cannot be reached, refuses a request, or answers in another form than OpenAI's."""
 

@@ -7,7 +7,8 @@ What differs from the plain Trainer, and why:
   given no labels: it computes logits of those tokens only (`prune.py`), and the loss is taken here;
 - a step may make further passes over its media (`objective`), whose losses are summed before the one backward;
 - learning rates by part, and metrics that say what pruning did;
-- bad samples are counted over all ranks before a step's batches are used, so that all ranks end in the same step.
+- bad samples are counted over all ranks before a step's batches are used, so that all ranks end in the same step;
+- checkpoints are written into a staging folder and committed (`commit.py`), and only whole ones are counted.
 
 Invariant: one optimizer step's loss and gradient are the same for any split of its draws over ranks and micro-batches,
 up to rounding, and those of the loss over all logits. Cost over the plain Trainer: what `tally.py` counts, and one
@@ -21,6 +22,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evs_train.collate import BatchPlan
+from evs_train.commit import Checkpoints
 from evs_train.config import ObjectiveSection, OptimSection
 from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
 from evs_train.models.tuning import parameter_groups
@@ -82,10 +85,14 @@ class UptrainTrainer(Trainer):
         optim: OptimSection,
         objective: ObjectiveSection,
         quarantine: Quarantine,
+        checkpoints: Checkpoints,
+        keep_checkpoints: int,
         args: TrainingArguments,
         **kwargs: Any,
     ) -> None:
         super().__init__(args=args, **kwargs)
+        self.checkpoints, self.keep_checkpoints = checkpoints, keep_checkpoints
+        self._staging: Path | None = None
         self.quarantine = quarantine
         self.model_accepts_loss_kwargs = True
         self.hook = hook
@@ -191,6 +198,23 @@ class UptrainTrainer(Trainer):
         self.tally.add_sum("pass_teacher", cross_entropies(expected, self.hook.targets).sum())
         self.tally.add_sum("teacher_kl", kl)
         return kl
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        write, step = super()._save_checkpoint, self.state.global_step
+
+        def write_into(staging: Path) -> None:
+            self._staging = staging
+            write(model, trial)
+
+        try:
+            self.checkpoints.save(f"checkpoint-{step}", step, write_into)
+        finally:
+            self._staging = None
+        self.checkpoints.rotate(self.keep_checkpoints)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Where transformers makes the folder `checkpoint-N`.
+        return self.args.output_dir if self._staging is None else str(self._staging)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -13,10 +13,12 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
@@ -33,6 +35,7 @@ from evs_train.callbacks import (
     prepare_wandb,
 )
 from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
+from evs_train.commit import Checkpoints, Ranks
 from evs_train.config import Recipe
 from evs_train.data import manifest
 from evs_train.data.lengths import Progress, unwatched
@@ -41,6 +44,7 @@ from evs_train.encoder_cache import EncoderCache, open_store
 from evs_train.errors import RecipeError
 from evs_train.evaluate.live import LiveCurve, questions_of
 from evs_train.inputs import Inputs, deepspeed_file
+from evs_train.memory import checkpoint_bytes
 from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
 from evs_train.processes import connect_on_cpu, share_folder, wait_at_most
@@ -113,34 +117,46 @@ class Run(Inputs):
             deepspeed.utils.groups._get_data_parallel_group()  # made now, or it would not have our time-out
         wait_at_most(minutes)
         share_folder(output)
-        checkpoint = checkpoint_to_resume(output, self._record()) if recipe.train.resume else None
+        resume = recipe.train.resume
+        checkpoint = checkpoint_to_resume(self.checkpoints, self._record(), auto=resume == "auto") if resume else None
         if args.world_size > 1:
-            self._agree()
+            self._agree()  # behind it, the first process may change what the others have read
         trainer = self.build_trainer(args)
+        self._require_space(trainer, checkpoint)
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressLine)
         if trainer.is_world_process_zero():
             report_parts(part_sizes(trainer.model, self.family))
+            self.checkpoints.clean()
             if checkpoint is None:
                 set_aside(output)
             write_record(output, self._record())
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.hook.cache is not None:
             trainer.hook.cache.writer.close()
-        trainer.save_model(str(output / "final"))
+        step = trainer.state.global_step
+        self.checkpoints.save("final", step, lambda staging: trainer.save_model(str(staging / "final")))
         unset_hf_deepspeed_config()  # or the model that the export loads would be partitioned, too
         total = trainer.tally.total
+        # Without a step left to do there are only the losses that the checkpoint remembers.
+        losses = trainer.losses or [line["loss"] for line in trainer.state.log_history if "loss" in line]
         return Summary(
-            steps=trainer.state.global_step,
-            first_loss=trainer.losses[0],
-            last_loss=trainer.losses[-1],
-            mean_rate=total["rate"] / total["rows"],
+            steps=step,
+            first_loss=losses[0],
+            last_loss=losses[-1],
+            mean_rate=total["rate"] / max(total["rows"], 1),
             video_tokens_before=int(total["video_tokens_before"]),
             video_tokens_after=int(total["video_tokens_after"]),
-            tokens_per_second=total["tokens"] / trainer.seconds,
+            tokens_per_second=total["tokens"] / max(trainer.seconds, 1e-9),
             seconds=trainer.seconds,
             quarantined=dict(trainer.quarantine.reasons.most_common()),
         )
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Those in `output_dir`, of the processes that the training arguments made known."""
+        state = PartialState()
+        return Checkpoints(Path(self.recipe.output_dir), Ranks(state.process_index, state.num_processes, gather_object))
 
     def _agree(self) -> None:
         """All processes read the same rows by the same plan, or they would wait for one another for ever.
@@ -156,9 +172,22 @@ class Run(Inputs):
                 "all must see the same files; evs-train check writes an index that all of them then read",
             )
 
+    def _require_space(self, trainer: UptrainTrainer, checkpoint: str | None) -> None:
+        """Refuse to train when the disk cannot hold the checkpoints that are there at once, or the final weights."""
+        train, num_steps = self.recipe.train, self.schedule.num_steps
+        weights, whole = checkpoint_bytes(trainer.model, deepspeed=self.recipe.deepspeed is not None)
+        done = 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
+        saves = 0 if train.save_every is None else math.ceil(num_steps / train.save_every) - done // train.save_every
+        # One more than is kept is there before the oldest goes. A run that goes on has the others already.
+        count = min(saves, train.keep_checkpoints + 1 if checkpoint is None else 1)
+        self.checkpoints.require_space(
+            max(count * whole, weights), f"what this run saves ({count} checkpoints at once)"
+        )
+
     def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
         """The model with its hook in the trainer that will train it."""
         recipe, output = self.recipe, Path(self.recipe.output_dir)
+        args = self._training_arguments() if args is None else args
         model = self.load_model()
         plain: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         hook = EvsHook(
@@ -184,7 +213,9 @@ class Run(Inputs):
             optim=recipe.optim,
             objective=recipe.objective,
             quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.schedule.draws_before),
-            args=self._training_arguments() if args is None else args,
+            checkpoints=self.checkpoints,
+            keep_checkpoints=recipe.train.keep_checkpoints,
+            args=args,
             model=model,
             data_collator=self.collator,
             train_dataset=self.stream,
@@ -236,7 +267,6 @@ class Run(Inputs):
             logging_nan_inf_filter=False,  # it would hide a NaN while the optimizer still steps
             save_strategy="no" if train.save_every is None else "steps",
             save_steps=train.save_every or 0.5,
-            save_total_limit=train.keep_checkpoints,
             report_to=["wandb"] if recipe.tracking.wandb else [],
         )
 

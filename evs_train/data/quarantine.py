@@ -12,7 +12,6 @@ Cost: nothing while all samples are good. This module does not read samples and 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from evs_train.config import DataSection
+from evs_train.disk import replace_text, whole_lines
 from evs_train.errors import BudgetError, Reason
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -103,12 +103,9 @@ class Quarantine:
         """
         lines: list[dict[str, Any]] = []
         if self.path.exists():
-            written = self.path.read_text(encoding="utf-8").splitlines()
-            lines = [line for line in map(json.loads, written) if line["step"] < step]
-            if writes and len(lines) < len(written):
-                draft = self.path.with_suffix(".draft")
-                draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-                os.replace(draft, self.path)
+            lines = [line for line in map(json.loads, whole_lines(self.path)) if line["step"] < step]
+            if writes:
+                replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self.num_draws, self.reasons, self._bad_draws = self._draws_before(step), Counter(), set()
         self._count(lines)
 
