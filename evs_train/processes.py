@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import uuid
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,8 +38,10 @@ def wait_at_most(minutes: float) -> None:
 
     DeepSpeed's groups would have it, too, whatever their parent's: 10 minutes with NCCL (read: its `new_group`).
     """
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its public successor is newer than the oldest torch we take
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def share_folder(folder: Path) -> None:

@@ -31,8 +31,8 @@ port=${PORT:-$([ "$nodes" -gt 1 ] && echo 29500 || echo 0)}
 name=$head
 [ "$rank" -eq 0 ] || name=$(printf '~%05d' "$rank")
 
-# Every start of the processes connects anew. Sharing the agents' store, torch's default, would let them find addresses
-# of processes that are gone (pytorch issue 135712).
+# Every start of the processes gets a store of its own. In the agents', torch's default, a node that was started again
+# waits for an address that is not written a second time (docs/decisions.md).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-600}
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
