@@ -1,7 +1,7 @@
-"""launch/uptrain.py with a slow decoder in its second process: `torchrun -m tests.distributed.slow_rank NOTES WORDS`.
+"""Two runs in a row with a slow decoder in the second process: `torchrun -m tests.distributed.slow_rank NOTES`.
 
-The child process that decodes gets ready `SECONDS` late there, while the other process waits. The time-outs of all
-process groups, in seconds, are written to NOTES/timeouts.json when training is done.
+NOTES/runs.json has the words of both. The child process that decodes gets ready `SECONDS` late there, while the other
+process waits. The time-outs of all process groups, in seconds, are written to NOTES/timeouts<RANK>.json at the end.
 """
 
 from __future__ import annotations
@@ -14,26 +14,22 @@ from pathlib import Path
 import torch
 from torch.distributed import distributed_c10d
 
-from evs_train import uptrain
-from launch.uptrain import main
+from evs_train.uptrain import Run, leave_process_group
+from tests.runs import recipe_of
 
 SECONDS = 6
 
 if __name__ == "__main__":
-    notes, words = Path(sys.argv[1]), sys.argv[2:]
-    if os.environ["RANK"] == "1":
+    notes, rank = Path(sys.argv[1]), os.environ["RANK"]
+    if rank == "1":
         slow = notes / "python"
         slow.write_text(f'#!/bin/sh\nsleep {SECONDS}\nexec {sys.executable} "$@"\n', encoding="utf-8")
         slow.chmod(0o755)
         sys.executable = str(slow)
-    leave = uptrain.leave_process_group
-
-    def noted(*, together: bool = False) -> None:
-        if os.environ["RANK"] == "0":
-            groups = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
-            timeouts = [group.options._timeout.total_seconds() for group in groups]
-            (notes / "timeouts.json").write_text(json.dumps(timeouts), encoding="utf-8")
-        leave(together=together)
-
-    uptrain.leave_process_group = noted
-    sys.exit(main(words))
+    for words in json.loads((notes / "runs.json").read_text(encoding="utf-8")):
+        Run(recipe_of(words)).train()
+    groups = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+    timeouts = [group.options._timeout.total_seconds() for group in groups]
+    (notes / f"timeouts{rank}.json").write_text(json.dumps(timeouts), encoding="utf-8")
+    leave_process_group(together=True)
+    os._exit(0)
