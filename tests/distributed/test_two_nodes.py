@@ -19,7 +19,8 @@ from tests.distributed import slow_rank
 from tests.nodes import MULTINODE, Node, NotAllowedError, kill, loopback, namespaces
 from tests.runs import arguments, metrics, torchrun
 
-pytestmark = pytest.mark.xdist_group("distributed")
+# The time-outs are those of a machine that has ten times as much to do as it can.
+pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.timeout(900)]
 
 STEPS = 16
 SAVE_EVERY = 4
@@ -128,7 +129,7 @@ def test_two_nodes_give_the_losses_of_one(
 ) -> None:
     words, log = words_of(tmp_path / "run", None), tmp_path / "log"
     processes = [start(node, nodes, words, log) for node in nodes]
-    assert both_end(processes, log, 300) == [0, 0], log.read_text()[-6000:]
+    assert both_end(processes, log, 400) == [0, 0], log.read_text()[-6000:]
     assert curve(tmp_path / "run") == curve(one_node / "ddp")
 
 
@@ -140,7 +141,7 @@ def test_a_node_that_is_killed_and_started_again_resumes(
     words = words_of(output, "zero2", train__save_every=SAVE_EVERY)
     survivor, lost = (start(node, nodes, words, log) for node in nodes)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while not (output / "metrics.jsonl").exists() or len(metrics(output)) <= SAVE_EVERY:
             ended = survivor.poll() is not None or lost.poll() is not None
             assert not ended, log.read_text()[-6000:]
@@ -154,7 +155,7 @@ def test_a_node_that_is_killed_and_started_again_resumes(
     killed = time.time()
     assert len(metrics(output)) < STEPS, "killed too late"
     again = start(nodes[1], nodes, words, log)
-    assert both_end([survivor, again], log, 300) == [0, 0], log.read_text()[-6000:]
+    assert both_end([survivor, again], log, 400) == [0, 0], log.read_text()[-6000:]
     assert curve(output) == curve(one_node / "zero2")
     trained_again = [line["step"] for line in metrics(output) if line["time"] > killed]
     assert trained_again[0] > SAVE_EVERY, "it began anew"
