@@ -297,6 +297,11 @@ class TrainSection(Section):
         description="go on from the newest whole checkpoint in output_dir; auto: start where there is no checkpoint, "
         "so that the same command starts a run and goes on with it after a kill",
     )
+    timeout_minutes: float = Field(
+        60.0,
+        gt=0,
+        description="processes that wait so long for another one end the run: above the slowest save or read",
+    )
 
 
 class TrackingSection(Section):
@@ -365,6 +370,16 @@ class Recipe(Section):
             raise ValueError(
                 "data.cache_features needs a frozen vision tower: put vision into tuning.freeze (method full), or take "
                 "it out of tuning.lora.parts (method lora)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_hanging_file_costs_one_sample(self) -> Recipe:
+        hang, wait = self.data.decode_timeout, self.train.timeout_minutes
+        if hang is not None and 60 * wait <= 2 * hang:
+            raise ValueError(
+                f"train.timeout_minutes ({wait:g}) must be above twice data.decode_timeout ({hang:g} s): all processes "
+                "wait while one gives a hanging file up and reads another in its place"
             )
         return self
 

@@ -47,6 +47,7 @@ from evs_train.inputs import Inputs, deepspeed_file
 from evs_train.memory import checkpoint_bytes
 from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
+from evs_train.processes import connect_on_cpu, share_folder, wait_at_most
 from evs_train.prune import EvsHook
 from evs_train.trainer import UptrainTrainer
 
@@ -96,11 +97,9 @@ class Run(Inputs):
     def train(self, report_parts: Callable[[list[PartSize]], None] = lambda parts: None) -> Summary:
         """Train and save to `output_dir/final`; every process must call it."""
         recipe = self.recipe
-        output = Path(recipe.output_dir)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecipeError(f"output_dir: {output} cannot be made: {error.strerror}") from error
+        output, minutes = Path(recipe.output_dir), recipe.train.timeout_minutes
+        if not torch.cuda.is_available():
+            connect_on_cpu(minutes)
         args = self._training_arguments()
         if args.n_gpu > 1:
             raise RecipeError(
@@ -112,7 +111,12 @@ class Run(Inputs):
 
             # On a CPU it would compile collectives over shared memory first: a minute, and a compiler. gloo has them.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+            deepspeed.comm.init_distributed(
+                dist_backend=torch.distributed.get_backend(), verbose=False, timeout=args.ddp_timeout_delta
+            )
+            deepspeed.utils.groups._get_data_parallel_group()  # made now, or it would not have our time-out
+        wait_at_most(minutes)
+        share_folder(output)
         resume = recipe.train.resume
         checkpoint = checkpoint_to_resume(self.checkpoints, self._record(), auto=resume == "auto") if resume else None
         if args.world_size > 1:
@@ -255,6 +259,7 @@ class Run(Inputs):
             deepspeed=None if recipe.deepspeed is None else str(deepspeed_file(recipe.deepspeed)),
             dataloader_num_workers=recipe.data.num_workers,
             dataloader_pin_memory=not on_cpu,
+            ddp_timeout=math.ceil(60 * train.timeout_minutes),
             ddp_find_unused_parameters=False,  # the hook gives every trained parameter a gradient in every step
             remove_unused_columns=False,
             logging_steps=train.log_every,

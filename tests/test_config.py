@@ -200,6 +200,13 @@ def test_bad_sampler_is_one_fault_with_its_key(rate: str, message: str) -> None:
     assert faults(f"evs.rate={rate}") == [message]
 
 
+def test_processes_wait_longer_than_a_file_may_hang() -> None:
+    (line,) = faults("train.timeout_minutes=2", "data.decode_timeout=60")
+    assert "train.timeout_minutes (2) must be above twice data.decode_timeout (60 s)" in line
+    for words in (("train.timeout_minutes=2.1",), ("train.timeout_minutes=0.1", "data.decode_timeout=null")):
+        load_recipe(["recipe=tiny", *words])
+
+
 @pytest.mark.parametrize("missing", ["model", "data", "output_dir"])
 def test_missing_required_value(tmp_path: Path, missing: str) -> None:
     recipe = yaml.safe_load((RECIPES_DIR / "tiny.yaml").read_text(encoding="utf-8"))
