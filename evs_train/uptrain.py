@@ -40,6 +40,7 @@ from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
 from evs_train.encoder_cache import EncoderCache, open_store
 from evs_train.errors import RecipeError
 from evs_train.evaluate.live import LiveCurve, questions_of
+from evs_train.finite import NOT_FINITE_FILE, FiniteGuard
 from evs_train.inputs import Inputs, deepspeed_file
 from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
@@ -180,6 +181,7 @@ class Run(Inputs):
             optim=recipe.optim,
             objective=recipe.objective,
             quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.schedule.draws_before),
+            finite=FiniteGuard(output / NOT_FINITE_FILE, recipe.train.max_skipped_steps),
             args=self._training_arguments() if args is None else args,
             model=model,
             data_collator=self.collator,
