@@ -126,11 +126,12 @@ class UptrainTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # An item of the data set is a micro-batch, whatever number of rows it has.
-        loader: DataLoader[Any] = self._get_dataloader(
+        loader: Any = self._get_dataloader(
             self.train_dataset, "Training", batch_size=1, sampler_fn=self._get_train_sampler, is_training=True
         )
-        loader.worker_init_fn = outlive_signals(loader.worker_init_fn)
-        return loader
+        plain: DataLoader[Any] = loader.base_dataloader  # inside accelerate's
+        plain.worker_init_fn = outlive_signals(plain.worker_init_fn)
+        return loader  # type: ignore[no-any-return]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
