@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from evs_train.collate import BatchPlan
-from evs_train.errors import NotFiniteError
+from evs_train.errors import NotFiniteError, RecipeError
 
 NOT_FINITE_FILE = "not_finite.jsonl"
 Where = Literal["loss", "gradient", "sum"]
@@ -144,6 +144,29 @@ class FiniteGuard:
     def metrics(self) -> dict[str, float]:
         """Steps left out since the run began."""
         return {"train/skipped_steps": float(self.num_skipped)}
+
+
+def have_deepspeed_check(optimizer: Any) -> None:
+    """Make DeepSpeed leave out steps whose gradient norm is not finite, whatever its file says of `bf16`.
+
+    Stage 3 always does (read: `DeepSpeedZeroOptimizer_Stage3.step`), stages 1 and 2 do if `check_grad_overflow` is set.
+    Its other optimizers step on any gradient, or were not looked at.
+
+    Args:
+        optimizer: DeepSpeed's own.
+
+    Raises:
+        RecipeError: it is of another kind.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3  # noqa: PLC0415 (only where it is used)
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: PLC0415
+
+    if type(optimizer) not in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        raise RecipeError(
+            f"deepspeed: the file leads to {type(optimizer).__name__}, which may step on a gradient that is not finite",
+            "set zero_optimization.stage to 1, 2 or 3, without ZenFlow or SuperOffload",
+        )
+    optimizer.check_grad_overflow = True
 
 
 def _adding_up(place: Tensor) -> Any:

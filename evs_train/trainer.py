@@ -37,7 +37,7 @@ from evs_train.collate import BatchPlan
 from evs_train.config import ObjectiveSection, OptimSection
 from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
 from evs_train.errors import PreemptedError
-from evs_train.finite import FiniteGuard
+from evs_train.finite import FiniteGuard, have_deepspeed_check
 from evs_train.models.tuning import parameter_groups
 from evs_train.objectives import cross_entropies, teacher_kl
 from evs_train.preemption import Preemption, outlive_signals
@@ -78,6 +78,8 @@ class _BeginCounts(TrainerCallback):
         self.quarantine.begin(state.global_step, writes=state.is_world_process_zero)
         self.finite.begin(state.global_step, writes=state.is_world_process_zero)
         self.saved_step = state.global_step
+        if args.deepspeed is not None:
+            have_deepspeed_check(kwargs["optimizer"].optimizer)  # inside accelerate's
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.saved_step = state.global_step
