@@ -25,7 +25,16 @@ RECORD_FILE = "record.json"
 EXPORT_RECORD = "evs_train_record.json"
 """The record of the run that an export came from, in the exported folder."""
 _SAME_ON_RESUME = ("seed", "num_steps", "step", "data_fingerprint", "base_model", "evs", "objective")
-_OF_A_RUN = (RECORD_FILE, "metrics.jsonl", QUARANTINE_FILE, "pictures", "final", "export", "checkpoint-*")
+_OF_A_RUN = (
+    RECORD_FILE,
+    "metrics.jsonl",
+    QUARANTINE_FILE,
+    "not_finite.jsonl",
+    "pictures",
+    "final",
+    "export",
+    "checkpoint-*",
+)
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:

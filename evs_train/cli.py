@@ -14,8 +14,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from evs_train.errors import EvsTrainError, RecipeError, report
+from evs_train.errors import EvsTrainError, RecipeError, leave, report
 from evs_train.recipe import load_recipe
 
 
@@ -124,6 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(error)
 
 
+def program() -> NoReturn:
+    """The installed `evs-train`: run one command and end the process with its code."""
+    leave(main())
+
+
 def _pairs(words: Sequence[str]) -> dict[str, str]:
     pairs = {}
     for word in words:
@@ -148,4 +154,4 @@ def _check_keys(arguments: dict[str, str], required: Sequence[str], optional: Se
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

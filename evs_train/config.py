@@ -290,6 +290,12 @@ class TrainSection(Section):
     )
     log_every: int = Field(10, ge=1, description="steps between logs")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
+    max_skipped_steps: int = Field(
+        10,
+        ge=0,
+        description="a step whose loss or gradient is not finite is not taken; the run ends when there were more than "
+        "this (reliability.md)",
+    )
     keep_checkpoints: int = Field(2, ge=2, description="whole ones; 1 is refused: the newest may turn out damaged")
     pictures_every: int | None = Field(None, ge=1, description="steps between pictures of kept patches; null: none")
     resume: bool | Literal["auto"] = Field(

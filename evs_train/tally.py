@@ -106,6 +106,14 @@ class Tally:
             self._losses = torch.zeros(_NUM_BUCKETS + len(self._names), device=device, dtype=torch.float64)
         return self._losses
 
+    def state(self) -> tuple[dict[str, float], list[float], Tensor | None]:
+        """What was counted since the last `collect`, for `restore`."""
+        return dict(self._counts), list(self._bucket_tokens), None if self._losses is None else self._losses.clone()
+
+    def restore(self, state: tuple[dict[str, float], list[float], Tensor | None]) -> None:
+        """Take back what was counted since `state`."""
+        self._counts, self._bucket_tokens, self._losses = state
+
     def collect(self, reduce: Any, device: torch.device) -> dict[str, float]:
         """Counts and mean losses since the last call, summed over ranks by `reduce(tensor)`."""
         counts = torch.tensor([*self._counts.values(), *self._bucket_tokens], dtype=torch.float64)

@@ -7,17 +7,21 @@ What differs from the plain Trainer, and why:
   given no labels: it computes logits of those tokens only (`prune.py`), and the loss is taken here;
 - a step may make further passes over its media (`objective`), whose losses are summed before the one backward;
 - learning rates by part, and metrics that say what pruning did;
-- bad samples are counted over all ranks before a step's batches are used, so that all ranks end in the same step;
+- bad samples are counted over all ranks before a step's batches are used, so that all ranks end in the same step. The
+  same sum says whether any rank was told to end by a signal: then all save, and end;
+- a step whose loss or gradient is not finite on any rank is not taken on any (`finite.py`);
 - checkpoints are written into a staging folder and committed (`commit.py`), and only whole ones are counted.
 
 Invariant: one optimizer step's loss and gradient are the same for any split of its draws over ranks and micro-batches,
 up to rounding, and those of the loss over all logits. Cost over the plain Trainer: what `tally.py` counts, and one
-all-reduce of three numbers per step that keeps count of bad samples over all ranks (where transformers has waited for
-the device already, to move the batch).
+all-reduce of four numbers per step that keeps count of bad samples over all ranks (where transformers has waited for
+the device already, to move the batch). Without DeepSpeed, which does so itself, the host waits for the gradient's norm
+before it steps.
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -35,8 +39,11 @@ from evs_train.collate import BatchPlan
 from evs_train.commit import Checkpoints
 from evs_train.config import ObjectiveSection, OptimSection
 from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
+from evs_train.errors import PreemptedError
+from evs_train.finite import FiniteGuard, have_deepspeed_check
 from evs_train.models.tuning import parameter_groups
 from evs_train.objectives import cross_entropies, teacher_kl
+from evs_train.preemption import Preemption, outlive_signals
 from evs_train.prune import EvsHook, Pass
 from evs_train.tally import BACKENDS, Tally
 
@@ -61,16 +68,24 @@ class _AttachHook(TrainerCallback):
         self.hook.model.disable_input_require_grads()
 
 
-class _BeginQuarantine(TrainerCallback):
-    """Counts of bad samples go on from the step that a resumed run begins with."""
+class _BeginCounts(TrainerCallback):
+    """Counts go on from the step that a resumed run begins with. Also knows of which step the last checkpoint is."""
 
-    def __init__(self, quarantine: Quarantine) -> None:
-        self.quarantine = quarantine
+    def __init__(self, quarantine: Quarantine, finite: FiniteGuard) -> None:
+        self.quarantine, self.finite = quarantine, finite
+        self.saved_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.quarantine.begin(state.global_step, writes=state.is_world_process_zero)
+        self.finite.begin(state.global_step, writes=state.is_world_process_zero)
+        self.saved_step = state.global_step
+        if args.deepspeed is not None:
+            have_deepspeed_check(kwargs["optimizer"].optimizer)  # inside accelerate's
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_step = state.global_step
 
 
 class UptrainTrainer(Trainer):
@@ -87,6 +102,7 @@ class UptrainTrainer(Trainer):
         quarantine: Quarantine,
         checkpoints: Checkpoints,
         keep_checkpoints: int,
+        finite: FiniteGuard,
         args: TrainingArguments,
         **kwargs: Any,
     ) -> None:
@@ -94,6 +110,8 @@ class UptrainTrainer(Trainer):
         self.checkpoints, self.keep_checkpoints = checkpoints, keep_checkpoints
         self._staging: Path | None = None
         self.quarantine = quarantine
+        self.finite = finite
+        self.preemption = Preemption()
         self.model_accepts_loss_kwargs = True
         self.hook = hook
         self.optim_section = optim
@@ -105,17 +123,24 @@ class UptrainTrainer(Trainer):
         self._last_log = 0.0  # 0: the clock starts with the first batch, not with loading
         hook.autocast = self.accelerator.autocast
         self.add_callback(_AttachHook(hook))
-        self.add_callback(_BeginQuarantine(quarantine))
+        self._counts = _BeginCounts(quarantine, finite)
+        self.add_callback(self._counts)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.preemption, self.finite.watching(self.model, self.args.device):
+            return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # An item of the data set is a micro-batch, whatever number of rows it has.
-        loader: DataLoader[Any] = self._get_dataloader(
+        loader: Any = self._get_dataloader(
             self.train_dataset, "Training", batch_size=1, sampler_fn=self._get_train_sampler, is_training=True
         )
-        return loader
+        plain: DataLoader[Any] = loader.base_dataloader  # inside accelerate's
+        plain.worker_init_fn = outlive_signals(plain.worker_init_fn)
+        return loader  # type: ignore[no-any-return]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -129,11 +154,18 @@ class UptrainTrainer(Trainer):
         self._last_log = self._last_log or time.perf_counter()
         with self.hook.stopwatch.section("data", device=False):
             batches = list(islice(epoch_iterator, num_batches))
-            self._judge(batches)
+            told_to_end = self._judge(batches)
+        if told_to_end:
+            self._save_and_end()
+        with self.hook.stopwatch.section("data", device=False):
+            self._before_step = self._tr_loss.clone(), self.tally.state()
             return super().get_batch_samples(iter(batches), num_batches, device)
 
-    def _judge(self, batches: Sequence[dict[str, Any]]) -> None:
+    def _judge(self, batches: Sequence[dict[str, Any]]) -> bool:
         """Count the bad samples of one step over all ranks, and end the run where there are too many.
+
+        Returns:
+            Whether some rank was told to end by a signal.
 
         Raises:
             BudgetError: on every rank in the same step.
@@ -152,10 +184,54 @@ class UptrainTrainer(Trainer):
         lines = [line for bad, shown in met for line in self.quarantine.lines_of(bad, shown)]
         # A process alone has nothing to reduce, and waits for no device.
         device = self.args.device if self.accelerator.num_processes > 1 else torch.device("cpu")
-        mine = torch.tensor([len(met), len(lines), none_left], dtype=torch.int64, device=device)
-        num_draws, num_lines, none_left = self.accelerator.reduce(mine, "sum").tolist()
+        mine = torch.tensor(
+            [len(met), len(lines), none_left, self.preemption.requested], dtype=torch.int64, device=device
+        )
+        num_draws, num_lines, none_left, num_told = self.accelerator.reduce(mine, "sum").tolist()
         everyones = gather_object(lines) if num_lines else []
         self.quarantine.add(Found(num_draws, everyones, none_left), writes=self.is_world_process_zero())
+        return bool(num_told)
+
+    def _save_and_end(self) -> None:
+        """Log and save the last step that was done, if it is not saved yet. Raises PreemptedError on every rank."""
+        step = self.state.global_step
+        if step > self._counts.saved_step:
+            self.control.should_log = self.control.should_save = True
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, None)
+        raise PreemptedError(
+            f"told to end by a signal; {f'step {step} is saved' if step else 'no step was done yet'} in "
+            f"{self.args.output_dir}",
+            "go on with train.resume=true" if step else "start it again",
+        )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip, and see to it that a gradient which is not finite is not stepped on, by any rank.
+
+        DeepSpeed has stepped by now, or has found the norm not finite itself and skipped. Otherwise an optimizer
+        without gradients does nothing. In both cases the scheduler does not go on.
+        """
+        norm = super()._clip_grad_norm(model)
+        optimizer: Any = self.optimizer
+        if not self.is_deepspeed_enabled:
+            optimizer._is_overflow = not math.isfinite(norm)  # what accelerate sets where it skips
+            if optimizer.step_was_skipped:
+                model.zero_grad(set_to_none=True)
+        if optimizer.step_was_skipped:
+            self._leave_out_step()
+        self.finite.step_is_over()
+        return norm
+
+    def _leave_out_step(self) -> None:
+        """Record the step, and take what it counted out of what is logged: a NaN would stay there."""
+        step, rank = self.state.global_step, self.accelerator.process_index
+        loss, counts = self._before_step
+        self._tr_loss.copy_(loss)
+        self.tally.restore(counts)
+        self._globalstep_last_logged += 1  # Trainer divides by the steps since
+        self._initial_global_step += 1
+        lines = gather_object(self.finite.blamed(step, rank))
+        lines = lines or gather_object(self.finite.blamed(step, rank, everything=True))
+        self.finite.skip(lines, self.state.max_steps, writes=self.is_world_process_zero())
 
     def compute_loss(
         self,
@@ -178,6 +254,7 @@ class UptrainTrainer(Trainer):
             loss = loss / (1 + len(passes))
         self.hook.passes = []  # their logits need not wait for the next step
         loss = loss * self.accelerator.num_processes / num_items_in_batch  # gradients are averaged over processes
+        loss = self.finite.checked(loss, plan)
         return (loss, outputs) if return_outputs else loss
 
     def _loss_of(self, plan: BatchPlan, outputs: Any, name: str | None) -> Tensor:
@@ -245,6 +322,7 @@ class UptrainTrainer(Trainer):
             "time/rest": elapsed - sum(times.values()),
             "memory/peak_gib": _peak_memory() / 2**30,
             **self.quarantine.metrics(),
+            **self.finite.metrics(),
         }
         if self.hook.cache is not None:
             metrics |= self.hook.cache.metrics(lambda t: self.accelerator.reduce(t, "sum"), self.args.device)

@@ -43,6 +43,7 @@ from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
 from evs_train.encoder_cache import EncoderCache, open_store
 from evs_train.errors import RecipeError
 from evs_train.evaluate.live import LiveCurve, questions_of
+from evs_train.finite import NOT_FINITE_FILE, FiniteGuard
 from evs_train.inputs import Inputs, deepspeed_file
 from evs_train.memory import checkpoint_bytes
 from evs_train.models.loading import load_weights
@@ -215,6 +216,7 @@ class Run(Inputs):
             quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.schedule.draws_before),
             checkpoints=self.checkpoints,
             keep_checkpoints=recipe.train.keep_checkpoints,
+            finite=FiniteGuard(output / NOT_FINITE_FILE, recipe.train.max_skipped_steps),
             args=args,
             model=model,
             data_collator=self.collator,

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from evs_train.collate import BatchPlan
 from evs_train.data.template import IGNORE_INDEX
+from evs_train.errors import leave
 from evs_train.trainer import UptrainTrainer
 from evs_train.uptrain import Run
 from tests.runs import recipe_of
@@ -112,3 +113,4 @@ if __name__ == "__main__":
         watch(job["words"], Path(job["seen"]), job["killed_at"])
     if dist.is_initialized():
         dist.destroy_process_group()
+    leave(0)
