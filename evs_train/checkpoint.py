@@ -1,7 +1,7 @@
 """What a run leaves in its folder so that it can be told apart and continued: its record, and which checkpoint is its.
 
-Invariant: a run goes on from a checkpoint only if seed, rows, rates, base and batch are those that made it, and files
-of an earlier run in the same folder never pass for the new one's. Cost: one small JSON file.
+Invariant: a run goes on from a checkpoint only if it is the run that made it (`resume.py`), and files of an earlier run
+in the same folder never pass for the new one's. Cost: one small JSON file.
 This module does not write checkpoints; the trainer does.
 """
 
@@ -16,11 +16,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from evs_train.data.quarantine import QUARANTINE_FILE
 from evs_train.errors import RecipeError
+from evs_train.resume import refuse_differences, resumption
 
 RECORD_FILE = "record.json"
 EXPORT_RECORD = "evs_train_record.json"
 """The record of the run that an export came from, in the exported folder."""
-_SAME_ON_RESUME = ("seed", "num_steps", "step", "data_fingerprint", "base_model", "evs", "objective")
 _OF_A_RUN = (RECORD_FILE, "metrics.jsonl", QUARANTINE_FILE, "pictures", "final", "export", "checkpoint-*")
 
 
@@ -45,25 +45,22 @@ def checkpoint_to_resume(output: Path, record: dict[str, Any]) -> str:
     """The newest checkpoint in `output`, if the run that made it is the one that `record` describes.
 
     Raises:
-        RecipeError: there is none, it is the end of its run, or the run was another one; both values are named.
+        RecipeError: there is none, it is the end of its run, or the run was another one; both values are named
+            (`resume.py` says what makes another one).
     """
     checkpoint: str | None = get_last_checkpoint(str(output))
     if checkpoint is None:
         raise RecipeError(f"train.resume: there is no checkpoint in {output}", "start anew with train.resume=false")
-    before = read_record(output)
-    differing = [
-        f"{name} (was {before.get(name)}, is {record[name]})"
-        for name in _SAME_ON_RESUME
-        if before.get(name) != record[name]
-    ]
-    if differing:
-        raise RecipeError(
-            f"train.resume: {output} was another run: {'; '.join(differing)}",
-            "rows would be skipped or repeated; restore these, or start anew with train.resume=false",
-        )
+    refuse_differences(read_record(output), record, str(output))
     if int(checkpoint.rsplit("-", 1)[1]) >= record["num_steps"]:
         raise RecipeError(f"train.resume: {checkpoint} is the end of the run", f"evs-train export run={output}")
     return checkpoint
+
+
+def resumptions(output: Path, record: dict[str, Any], checkpoint: str) -> list[dict[str, Any]]:
+    """What the record says of each time that the run in `output` was resumed, the one from `checkpoint` last."""
+    before = read_record(output)
+    return [*before.get("resumed", []), resumption(before, record, Path(checkpoint).name)]
 
 
 def set_aside(output: Path) -> None:

@@ -293,6 +293,9 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(2, ge=2, description="1 is refused: the newest may be torn when a run is killed")
     pictures_every: int | None = Field(None, ge=1, description="steps between pictures of kept patches; null: none")
     resume: bool = Field(False, description="continue from the newest checkpoint in output_dir")
+    resume_allow: list[str] = Field(
+        [], description="keys or facts that a resumed run may change, such as [optim.lr] (reliability.md)"
+    )
 
 
 class TrackingSection(Section):

@@ -8,6 +8,7 @@ checkpoints and `final/`. `export.py` makes a servable checkpoint of it.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -32,7 +33,7 @@ from evs_train.callbacks import (
     RecomputeOnly,
     prepare_wandb,
 )
-from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
+from evs_train.checkpoint import checkpoint_to_resume, resumptions, set_aside, write_record
 from evs_train.config import Recipe
 from evs_train.data import manifest
 from evs_train.data.lengths import Progress, unwatched
@@ -41,6 +42,7 @@ from evs_train.encoder_cache import EncoderCache, open_store
 from evs_train.errors import RecipeError
 from evs_train.evaluate.live import LiveCurve, questions_of
 from evs_train.inputs import Inputs, deepspeed_file
+from evs_train.models.base_files import base_folder, commit_of, fingerprints
 from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
 from evs_train.prune import EvsHook
@@ -97,7 +99,8 @@ class Run(Inputs):
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecipeError(f"output_dir: {output} cannot be made: {error.strerror}") from error
-        checkpoint = checkpoint_to_resume(output, self._record()) if recipe.train.resume else None
+        record = self._record()
+        checkpoint = checkpoint_to_resume(output, record) if recipe.train.resume else None
         args = self._training_arguments()
         if args.n_gpu > 1:
             raise RecipeError(
@@ -119,7 +122,9 @@ class Run(Inputs):
             report_parts(part_sizes(trainer.model, self.family))
             if checkpoint is None:
                 set_aside(output)
-            write_record(output, self._record())
+            else:
+                record["resumed"] = resumptions(output, record, checkpoint)
+            write_record(output, record)
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.hook.cache is not None:
             trainer.hook.cache.writer.close()
@@ -236,7 +241,13 @@ class Run(Inputs):
         )
 
     def _record(self) -> dict[str, Any]:
+        """What the run is. A resumed one compares with it: a new fact needs its place in `resume.py`."""
         recipe = self.recipe
+        folder = base_folder(recipe.model)
+        deepspeed = None
+        if recipe.deepspeed is not None:
+            deepspeed = json.loads(deepspeed_file(recipe.deepspeed).read_text(encoding="utf-8"))
+        lora = recipe.tuning.lora if recipe.tuning.method == "lora" else None
         return {
             "recipe": recipe.model_dump(),
             "seed": recipe.seed,
@@ -246,7 +257,14 @@ class Run(Inputs):
             "data_fingerprint": manifest.fingerprint(self.samples, self.data.shares),
             "data_sources": self.data.describe(),
             "base_model": recipe.model.path,
-            "base_commit": getattr(self.family.config, "_commit_hash", None),
+            "base_commit": commit_of(recipe.model, folder),
+            "base_files": fingerprints(folder),
+            "lora_targets": None if lora is None else list(lora.targets or self.family.lora_targets),
+            "cached_features": recipe.data.cache_features is not None,
+            "deepspeed_config": deepspeed,
+            "zero_stage": None if deepspeed is None else deepspeed.get("zero_optimization", {}).get("stage", 0),
+            "zero_shards": None if deepspeed is None else self.world_size,
+            "processes": self.world_size,
             "evs": recipe.evs.model_dump(),
             "objective": recipe.objective.model_dump(),
             "pruning_rates": samplers.describe(self.sampler),
