@@ -53,7 +53,7 @@ def read_counts(checkpoint: Path, rank: int, num_ranks: int) -> SinceLog:
         last_log=counts[0].last_log,
         loss=sum(one.loss for one in mine) * num_ranks / len(counts),  # it is averaged over ranks
         seconds=counts[0].seconds,
-        sums=[sum(values) for values in zip(*(one.sums for one in mine), strict=True)],
+        sums=[sum(one.sums[place] for one in mine) for place in range(len(counts[0].sums))],
     )
 
 

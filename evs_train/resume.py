@@ -171,7 +171,7 @@ def _check_names(allow: Sequence[str]) -> None:
             raise RecipeError(f"train.resume_allow: {name} cannot be allowed", FIXED[name])
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = "it is free already" if name in FREE else f"did you mean {near[0]}?" if near else ""
+            hint = "it may change as it is" if name in FREE else f"did you mean {near[0]}?" if near else ""
             raise RecipeError(f"train.resume_allow: there is nothing to allow called '{name}'", hint)
 
 

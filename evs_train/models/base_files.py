@@ -32,11 +32,22 @@ _SHOWN = 16  # hexadecimal digits
 
 
 def base_folder(model: ModelSection, commit: str | None = None) -> Path:
-    """Folder of the base checkpoint; for a hub name the cached copy, of `commit` or else of `model.revision`."""
+    """Folder of the base checkpoint; for a hub name the cached copy, of `commit` or else of `model.revision`.
+
+    Raises:
+        ModelError: the hub does not give it, and it is not in the cache.
+    """
     if Path(model.path).is_dir():
         return Path(model.path)
     patterns = ["*.safetensors", *BESIDE_WEIGHTS]
-    return Path(snapshot_download(model.path, revision=commit or model.revision, allow_patterns=patterns))
+    revision = commit or model.revision
+    try:
+        return Path(snapshot_download(model.path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the files of {model.path} cannot be had: {str(error).strip().splitlines()[0]}",
+            "check model.path, model.revision and the network",
+        ) from error
 
 
 def commit_of(model: ModelSection, folder: Path) -> str | None:

@@ -24,7 +24,8 @@ from evs_train import trainer as trainer_module
 from evs_train import uptrain as uptrain_module
 from evs_train.checkpoint import read_record
 from evs_train.errors import RecipeError
-from evs_train.restore import SinceLog
+from evs_train.restore import SinceLog, seed_anew
+from evs_train.resume import refuse_differences
 from evs_train.trainer import UptrainTrainer
 from evs_train.uptrain import Run
 from tests.distributed.order_worker import seen_in, stopped, watch
@@ -168,10 +169,10 @@ def test_two_processes_and_another_number_of_them(
     words_of: Words, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Two go on as if never stopped. Two that go on where one was, and one where they were, see the same rows."""
-    half = {"train__batch_size": 1, "data__num_workers": 2}
-    plain = {"checkpoint": tiny_checkpoint("qwen3_vl"), "train__log_every": 1, "train__steps": 9, **STILL}
+    half = {"train__batch_size": 1, "data__num_workers": 2, "train__save_every": MIDDLE}
+    plain = {"checkpoint": tiny_checkpoint("qwen3_vl"), "train__log_every": 1, "train__steps": 8, **STILL}
     one = tmp_path / "one"
-    watch(words_of(one, **plain), tmp_path / "seen_one")
+    watch(words_of(one, **plain, train__save_every=MIDDLE), tmp_path / "seen_one")
     jobs: list[dict[str, Any]] = []
 
     def job(output: Path, seen: str, after: Path | None = None, **options: Any) -> None:
@@ -190,14 +191,29 @@ def test_two_processes_and_another_number_of_them(
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
     assert_same_rows(tmp_path / "seen_whole", tmp_path / "seen_resumed", MIDDLE)
 
-    back = stopped(tmp_path / "two", MIDDLE + 2, tmp_path / "back")
+    back = stopped(tmp_path / "two", 2 * MIDDLE, tmp_path / "back")
     watch(words_of(back, **plain, train__resume=True), tmp_path / "seen_back")
     assert_same_rows(tmp_path / "seen_one", tmp_path / "seen_two", MIDDLE)
-    assert_same_rows(tmp_path / "seen_one", tmp_path / "seen_back", MIDDLE + 2)
+    assert_same_rows(tmp_path / "seen_one", tmp_path / "seen_back", 2 * MIDDLE)
     for other in (tmp_path / "two", back):
         assert_only_rounding(metrics(one), metrics(other))
-        assert [line["evs/rate"] for line in metrics(other)] == [line["evs/rate"] for line in metrics(one)]
     assert [one["processes"] for one in read_record(back)["resumed"]] == [2, 1]
+
+
+def test_random_numbers_start_anew_for_another_number_of_processes(
+    whole: Path, words_of: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not from the run's beginning, nor alike on all ranks, as transformers has it: it leaves them as they are."""
+    output = stopped(whole / "run", STEPS - 1, tmp_path / "run")
+    checkpoint = output / f"checkpoint-{STEPS - 1}"
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+    places: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(trainer_module, "seed_anew", lambda *place: places.append(place) or seed_anew(*place))  # type: ignore[func-returns-value]
+    watch(words_of(output, **LORA, train__resume=True), tmp_path / "seen")
+    assert places == [(0, STEPS - 1, 0)]
+    assert_same_rows(whole / "seen", tmp_path / "seen", STEPS - 1)
+    assert weights(output) != weights(whole / "run")
 
 
 def test_intervals_and_allowed_options_are_the_recipes(whole: Path, words_of: Words, tmp_path: Path) -> None:
@@ -261,18 +277,34 @@ def test_another_base_is_refused_or_recorded(
     assert weights(output) != weights(whole / "run")
 
 
-def test_zero_stops_before_it_loads_another_number_of_shards(whole: Path, words_of: Words, tmp_path: Path) -> None:
-    """What DeepSpeed itself would say (read: ZeRORuntimeException) comes when the weights are loaded."""
-    output = stopped(whole / "run", MIDDLE, tmp_path / "run")
-    record = read_record(output)
-    file = json.loads((uptrain_module.DEEPSPEED_DIR / "zero2.json").read_text())
-    record |= {"zero_stage": 2, "zero_shards": 2, "deepspeed_config": file}
-    (output / "record.json").write_text(json.dumps(record))
+@pytest.mark.xdist_group("distributed")
+def test_zero_2_goes_on_with_as_many_processes_and_refuses_others(words_of: Words, tmp_path: Path) -> None:
+    """DeepSpeed's own refusal (read: ZeRORuntimeException in `engine.py`) comes when the weights are loaded."""
+    options = {"deepspeed": "zero2", "train__steps": 4, "train__batch_size": 1, "train__save_every": MIDDLE}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    jobs = [
+        {"words": words_of(whole, **options), "seen": str(tmp_path / "seen_whole"), "killed_at": None},
+        {
+            "words": words_of(resumed, **options, train__resume=True),
+            "seen": str(tmp_path / "seen_resumed"),
+            "killed_at": None,
+            "stopped": [str(whole), MIDDLE],
+        },
+    ]
+    file = tmp_path / "jobs.json"
+    file.write_text(json.dumps(jobs), encoding="utf-8")
+    done = torchrun([str(file)], 2, program=("-m", "tests.distributed.order_worker"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_run(whole, resumed)
+    assert_same_rows(tmp_path / "seen_whole", tmp_path / "seen_resumed", MIDDLE)
+    before = read_record(resumed)
+    alone = Run(recipe_of(words_of(resumed, **options | {"train__batch_size": 2})))
     with pytest.raises(RecipeError, match=r"zero_shards \(was 2, is 1\)") as caught:
-        Run(recipe_of(words_of(output, **LORA, deepspeed="zero2", train__resume=True))).train()
+        refuse_differences(before, alone._record(), str(resumed))
     assert "start as many as before" in caught.value.hint
+    plain = Run(recipe_of(words_of(resumed, **options | {"train__batch_size": 2, "deepspeed": None})))
     with pytest.raises(RecipeError, match=r"zero_stage \(was 2, is None\)"):
-        Run(recipe_of(words_of(output, **LORA, train__resume=True))).train()
+        refuse_differences(before, plain._record(), str(resumed))
 
 
 def _no_generators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +312,12 @@ def _no_generators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "read_counts", lambda *_: SinceLog(MIDDLE, 0.0, 0.0, [0.0] * 30))
+    read = trainer_module.read_counts
+
+    def nothing(*place: Any) -> SinceLog:
+        return SinceLog(MIDDLE, 0.0, 0.0, [0.0] * len(read(*place).sums))
+
+    monkeypatch.setattr(trainer_module, "read_counts", nothing)
 
 
 def _no_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -31,9 +32,16 @@ def save(folder: Path, **tensors: torch.Tensor) -> Path:
 
 def test_the_fingerprint_is_pinned(tmp_path: Path) -> None:
     """A change here would refuse to resume runs that were begun before it."""
-    folder = save(tmp_path, a=torch.arange(5000, dtype=torch.float32), b=torch.ones(3))
-    (folder / "config.json").write_text("{}")
-    assert fingerprints(folder) == {"config.json": "44136fa355b3678a", "model.safetensors": "1e2bd3d58c6f5c4c"}
+    places = {"a": [0, 5000], "b": [5000, 5001]}
+    entries = {name: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for name, (a, b) in places.items()}
+    header = json.dumps(entries).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(range(250)) * 20 + b"x"
+    (tmp_path / "model.safetensors").write_bytes(content)
+    (tmp_path / "config.json").write_text("{}")
+    middle = content[8 + len(header) + (5000 - 4096) // 2 :][:4096]
+    expected = hashlib.sha256(len(content).to_bytes(8, "little") + header + middle + b"x").hexdigest()[:16]
+    assert expected == "50318f92e357edd6"
+    assert fingerprints(tmp_path) == {"config.json": "44136fa355b3678a", "model.safetensors": expected}
 
 
 def test_it_follows_content_and_not_place(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -119,6 +127,9 @@ def test_the_commit_of_a_hub_name_is_recorded(
     assert base_folder(recipe.model) == cached / "snapshots" / COMMIT
     assert base_folder(recipe.model, COMMIT) == cached / "snapshots" / COMMIT
     assert commit_of(recipe.model, base_folder(recipe.model)) == COMMIT
+    elsewhere = recipe.model.model_copy(update={"revision": "other"})
+    with pytest.raises(ModelError, match="the files of owner/tiny cannot be had"):
+        base_folder(elsewhere)
     run = Run(recipe_of(arguments(base, world, tmp_path / "run", train__steps=1)))
     assert run._record()["base_commit"] is None
     assert run._record()["base_files"] == fingerprints(base_folder(recipe.model))
