@@ -281,14 +281,21 @@ def test_another_base_is_refused_or_recorded(
 def test_zero_2_goes_on_with_as_many_processes_and_refuses_others(words_of: Words, tmp_path: Path) -> None:
     """DeepSpeed's own refusal (read: ZeRORuntimeException in `engine.py`) comes when the weights are loaded."""
     options = {"deepspeed": "zero2", "train__steps": 4, "train__batch_size": 1, "train__save_every": MIDDLE}
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options |= {"optim__scheduler": "constant", "optim__lr_by_part": {}}
+    whole, resumed, faster = tmp_path / "whole", tmp_path / "resumed", tmp_path / "faster"
+    more = {"optim__lr": 0.1, "train__resume_allow": ["optim.lr"]}
+    goes_on = {"killed_at": None, "stopped": [str(whole), MIDDLE]}
     jobs = [
         {"words": words_of(whole, **options), "seen": str(tmp_path / "seen_whole"), "killed_at": None},
         {
             "words": words_of(resumed, **options, train__resume=True),
             "seen": str(tmp_path / "seen_resumed"),
-            "killed_at": None,
-            "stopped": [str(whole), MIDDLE],
+            **goes_on,
+        },
+        {
+            "words": words_of(faster, **options | more, train__resume=True),
+            "seen": str(tmp_path / "seen_faster"),
+            **goes_on,
         },
     ]
     file = tmp_path / "jobs.json"
@@ -297,6 +304,9 @@ def test_zero_2_goes_on_with_as_many_processes_and_refuses_others(words_of: Word
     assert done.returncode == 0, done.stderr[-4000:]
     assert_same_run(whole, resumed)
     assert_same_rows(tmp_path / "seen_whole", tmp_path / "seen_resumed", MIDDLE)
+    assert metrics(faster)[-1]["lr/language_model"] == 0.1
+    moved = [_distance(whole / f"checkpoint-{MIDDLE}", output / "final") for output in (resumed, faster)]
+    assert moved[1] > 10 * moved[0]
     before = read_record(resumed)
     alone = Run(recipe_of(words_of(resumed, **options | {"train__batch_size": 2})))
     with pytest.raises(RecipeError, match=r"zero_shards \(was 2, is 1\)") as caught:
@@ -305,6 +315,12 @@ def test_zero_2_goes_on_with_as_many_processes_and_refuses_others(words_of: Word
     plain = Run(recipe_of(words_of(resumed, **options | {"train__batch_size": 2, "deepspeed": None})))
     with pytest.raises(RecipeError, match=r"zero_stage \(was 2, is None\)"):
         refuse_differences(before, plain._record(), str(resumed))
+
+
+def _distance(one: Path, other: Path) -> float:
+    """Largest difference of two folders' weights."""
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def _no_generators(monkeypatch: pytest.MonkeyPatch) -> None:
