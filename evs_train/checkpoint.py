@@ -1,7 +1,7 @@
 """What a run leaves in its folder so that it can be told apart and continued: its record, and which checkpoint is its.
 
-Invariant: a run goes on from a checkpoint only if seed, rows, rates, base and batch are those that made it, and files
-of an earlier run in the same folder never pass for the new one's. Cost: one small JSON file.
+Invariant: a run goes on from a checkpoint only if it is the run that made it (`resume.py`), and files of an earlier run
+in the same folder never pass for the new one's. Cost: one small JSON file.
 This module does not write checkpoints: the trainer does, and `commit.py` says which are whole.
 """
 
@@ -18,13 +18,13 @@ from evs_train.commit import Checkpoints
 from evs_train.data.quarantine import QUARANTINE_FILE
 from evs_train.disk import replace_text
 from evs_train.errors import RecipeError
+from evs_train.resume import refuse_differences, resumption
 
 _log = logging.getLogger(__name__)
 
 RECORD_FILE = "record.json"
 EXPORT_RECORD = "evs_train_record.json"
 """The record of the run that an export came from, in the exported folder."""
-_SAME_ON_RESUME = ("seed", "num_steps", "step", "data_fingerprint", "base_model", "evs", "objective")
 _OF_A_RUN = (
     RECORD_FILE,
     "metrics.jsonl",
@@ -66,7 +66,7 @@ def checkpoint_to_resume(checkpoints: Checkpoints, record: dict[str, Any], *, au
 
     Raises:
         RecipeError: there is no whole one (each broken one is named, with the reason), the run is over, or it was
-            another one; both values are named.
+            another one (`resume.py` says what makes another one); both values are named.
     """
     output = checkpoints.output
     found = checkpoints.newest_whole()
@@ -84,21 +84,17 @@ def checkpoint_to_resume(checkpoints: Checkpoints, record: dict[str, Any], *, au
     checkpoint = str(found.path)
     if broken and checkpoints.ranks.rank == 0:
         _log.warning("going on from %s, the newest that is whole; %s", checkpoint, broken)
-    before = read_record(output)
-    differing = [
-        f"{name} (was {before.get(name)}, is {record[name]})"
-        for name in _SAME_ON_RESUME
-        if before.get(name) != record[name]
-    ]
-    if differing:
-        raise RecipeError(
-            f"train.resume: {output} was another run: {'; '.join(differing)}",
-            "rows would be skipped or repeated; restore these, or start anew with train.resume=false",
-        )
+    refuse_differences(read_record(output), record, str(output))
     is_over = int(checkpoint.rsplit("-", 1)[1]) >= record["num_steps"]
     if is_over and not auto and (output / "final").is_dir():
         raise RecipeError(f"train.resume: {checkpoint} is the end of the run", f"evs-train export run={output}")
     return checkpoint
+
+
+def resumptions(output: Path, record: dict[str, Any], checkpoint: str) -> list[dict[str, Any]]:
+    """What the record says of each time that the run in `output` was resumed, the one from `checkpoint` last."""
+    before = read_record(output)
+    return [*before.get("resumed", []), resumption(before, record, Path(checkpoint).name)]
 
 
 def set_aside(output: Path) -> None:

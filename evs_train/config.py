@@ -303,6 +303,9 @@ class TrainSection(Section):
         description="go on from the newest whole checkpoint in output_dir; auto: start where there is no checkpoint, "
         "so that the same command starts a run and goes on with it after a kill",
     )
+    resume_allow: list[str] = Field(
+        [], description="keys or facts that a resumed run may change, such as [optim.lr] (reliability.md)"
+    )
     timeout_minutes: float = Field(
         60.0,
         gt=0,

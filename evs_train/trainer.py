@@ -10,7 +10,9 @@ What differs from the plain Trainer, and why:
 - bad samples are counted over all ranks before a step's batches are used, so that all ranks end in the same step. The
   same sum says whether any rank was told to end by a signal: then all save, and end;
 - a step whose loss or gradient is not finite on any rank is not taken on any (`finite.py`);
-- checkpoints are written into a staging folder and committed (`commit.py`), and only whole ones are counted.
+- checkpoints are written into a staging folder and committed (`commit.py`), and only whole ones are counted;
+- a resumed run takes from its checkpoint what was counted since the last log, too, and intervals and optimizer options
+  from the recipe, where the plain Trainer takes the checkpoint's (`restore.py`).
 
 Invariant: one optimizer step's loss and gradient are the same for any split of its draws over ranks and micro-batches,
 up to rounding, and those of the loss over all logits. Cost over the plain Trainer: what `tally.py` counts, and one
@@ -32,6 +34,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -45,6 +48,7 @@ from evs_train.models.tuning import parameter_groups
 from evs_train.objectives import cross_entropies, teacher_kl
 from evs_train.preemption import Preemption, outlive_signals
 from evs_train.prune import EvsHook, Pass
+from evs_train.restore import SinceLog, num_generators, read_counts, seed_anew, set_options, write_counts
 from evs_train.tally import BACKENDS, Tally
 
 
@@ -149,6 +153,41 @@ class UptrainTrainer(Trainer):
             groups = list(parameter_groups(model, self.hook.family, self.optim_section))
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
+        begun: tuple[int, int] = super()._init_training_state(max_steps, *rest)
+        self.state.compute_steps(self.args, max_steps)  # of logs and checkpoints; the checkpoint's own stand there
+        return begun
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR):  # a DeepSpeed file may name another
+            groups = parameter_groups(self.model, self.hook.family, self.optim_section)
+            set_options(self.optimizer, self.lr_scheduler, groups, (self.args.adam_beta1, self.args.adam_beta2))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        counts = SinceLog(
+            self._globalstep_last_logged,
+            self._tr_loss.item(),
+            time.perf_counter() - self._last_log,
+            self.tally.sums(),
+        )
+        write_counts(Path(output_dir), self.args.process_index, counts)
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        """Random numbers and counts, before the first step and behind all that draws or counts without training."""
+        folder, rank, num_ranks = Path(checkpoint), self.args.process_index, self.args.world_size
+        if num_generators(folder) == num_ranks:
+            super()._load_rng_state(checkpoint)
+        else:
+            seed_anew(self.args.seed, self.state.global_step, rank)
+        counts = read_counts(folder, rank, num_ranks)
+        self._globalstep_last_logged = counts.last_log
+        self._tr_loss += counts.loss
+        self._total_loss_scalar -= counts.loss  # which is of this process's steps only
+        self._last_log -= counts.seconds
+        self.tally.add_sums(counts.sums, self.args.device)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         self._last_log = self._last_log or time.perf_counter()

@@ -8,6 +8,7 @@ checkpoints and `final/`. `export.py` makes a servable checkpoint of it.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -34,7 +35,7 @@ from evs_train.callbacks import (
     RecomputeOnly,
     prepare_wandb,
 )
-from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
+from evs_train.checkpoint import checkpoint_to_resume, resumptions, set_aside, write_record
 from evs_train.commit import Checkpoints, Ranks
 from evs_train.config import Recipe
 from evs_train.data import manifest
@@ -46,6 +47,7 @@ from evs_train.evaluate.live import LiveCurve, questions_of
 from evs_train.finite import NOT_FINITE_FILE, FiniteGuard
 from evs_train.inputs import Inputs, deepspeed_file
 from evs_train.memory import checkpoint_bytes
+from evs_train.models.base_files import base_folder, commit_of, fingerprints
 from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
 from evs_train.processes import connect_on_cpu, share_folder, wait_at_most
@@ -119,7 +121,8 @@ class Run(Inputs):
         wait_at_most(minutes)
         share_folder(output)
         resume = recipe.train.resume
-        checkpoint = checkpoint_to_resume(self.checkpoints, self._record(), auto=resume == "auto") if resume else None
+        record = self._record()
+        checkpoint = checkpoint_to_resume(self.checkpoints, record, auto=resume == "auto") if resume else None
         if args.world_size > 1:
             self._agree()  # behind it, the first process may change what the others have read
         trainer = self.build_trainer(args)
@@ -131,7 +134,9 @@ class Run(Inputs):
             self.checkpoints.clean()
             if checkpoint is None:
                 set_aside(output)
-            write_record(output, self._record())
+            else:
+                record["resumed"] = resumptions(output, record, checkpoint)
+            write_record(output, record)
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.hook.cache is not None:
             trainer.hook.cache.writer.close()
@@ -273,7 +278,13 @@ class Run(Inputs):
         )
 
     def _record(self) -> dict[str, Any]:
+        """What the run is. A resumed one compares with it: a new fact needs its place in `resume.py`."""
         recipe = self.recipe
+        folder = base_folder(recipe.model)
+        deepspeed = None
+        if recipe.deepspeed is not None:
+            deepspeed = json.loads(deepspeed_file(recipe.deepspeed).read_text(encoding="utf-8"))
+        lora = recipe.tuning.lora if recipe.tuning.method == "lora" else None
         return {
             "recipe": recipe.model_dump(),
             "seed": recipe.seed,
@@ -283,7 +294,14 @@ class Run(Inputs):
             "data_fingerprint": manifest.fingerprint(self.samples, self.data.shares),
             "data_sources": self.data.describe(),
             "base_model": recipe.model.path,
-            "base_commit": getattr(self.family.config, "_commit_hash", None),
+            "base_commit": commit_of(recipe.model, folder),
+            "base_files": fingerprints(folder),
+            "lora_targets": None if lora is None else list(lora.targets or self.family.lora_targets),
+            "cached_features": recipe.data.cache_features is not None,
+            "deepspeed_config": deepspeed,
+            "zero_stage": None if deepspeed is None else deepspeed.get("zero_optimization", {}).get("stage", 0),
+            "zero_shards": None if deepspeed is None else self.world_size,
+            "processes": self.world_size,
             "evs": recipe.evs.model_dump(),
             "objective": recipe.objective.model_dump(),
             "pruning_rates": samplers.describe(self.sampler),

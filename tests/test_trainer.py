@@ -207,7 +207,7 @@ def test_a_new_run_sets_the_older_one_aside(train: Callable[..., tuple[Path, Sum
     ("change", "named"),
     [
         ({"seed": 7}, "seed (was 0, is 7)"),
-        ({"evs__scope": "sample"}, "'scope': 'batch'"),
+        ({"evs__scope": "sample"}, "evs.scope (was batch, is sample)"),
         ({"train__batch_size": 2}, "step (was 4 rows, is 2 rows)"),
     ],
 )
