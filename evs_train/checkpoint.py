@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from evs_train.data.quarantine import QUARANTINE_FILE
 from evs_train.errors import RecipeError
+from evs_train.redaction import redact, restore
 
 RECORD_FILE = "record.json"
 EXPORT_RECORD = "evs_train_record.json"
@@ -26,7 +27,7 @@ _OF_A_RUN = (RECORD_FILE, "metrics.jsonl", QUARANTINE_FILE, "pictures", "final",
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
     """Write the run's record (recipe, fingerprint of the data, versions) into its folder."""
-    (output / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (output / RECORD_FILE).write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
 
 
 def read_record(output: Path) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def read_record(output: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RecipeError(f"{output} holds no run", f"training writes {RECORD_FILE} there at its start")
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = restore(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise RecipeError(f"{file} is not valid JSON: {error}", "training writes it at its start") from error
     return record
@@ -50,7 +51,7 @@ def checkpoint_to_resume(output: Path, record: dict[str, Any]) -> str:
     checkpoint: str | None = get_last_checkpoint(str(output))
     if checkpoint is None:
         raise RecipeError(f"train.resume: there is no checkpoint in {output}", "start anew with train.resume=false")
-    before = read_record(output)
+    before, record = read_record(output), restore(redact(record))  # both without secrets
     differing = [
         f"{name} (was {before.get(name)}, is {record[name]})"
         for name in _SAME_ON_RESUME

@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
+from evs_train.redaction import redact
+
 
 class EvsTrainError(Exception):
     """Base of all errors shown to the user as one line: `message`, then the `hint` that says what to do.
@@ -74,7 +76,7 @@ class ServerError(EvsTrainError):
 
 def report(error: EvsTrainError) -> int:
     """Print `error` for a person on stderr and return the exit code of the process."""
-    print(f"error: {error.message}", file=sys.stderr)
+    print(f"error: {redact(error.message)}", file=sys.stderr)
     if error.hint:
-        print(f"  hint: {error.hint}", file=sys.stderr)
+        print(f"  hint: {redact(error.hint)}", file=sys.stderr)
     return error.exit_code

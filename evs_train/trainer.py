@@ -21,6 +21,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from evs_train.collate import BatchPlan
 from evs_train.config import ObjectiveSection, OptimSection
@@ -109,6 +111,11 @@ class UptrainTrainer(Trainer):
             self.train_dataset, "Training", batch_size=1, sampler_fn=self._get_train_sampler, is_training=True
         )
         return loader
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of all arguments, paths and tokens among them, that nothing reads again.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -36,7 +36,7 @@ from evs_train.config import (
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES, RELEASED_AS, REMOTE_FAMILIES, nemotron_release
 from evs_train.models.base import Family
-from evs_train.models.remote_code import check_remote_code
+from evs_train.models.remote_code import check_kernels, check_remote_code
 from evs_train.models.tuning import part_of
 
 _ADAPTERS = FAMILIES | REMOTE_FAMILIES
@@ -58,6 +58,7 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
         raise ModelError(f"the checkpoint {path} does not exist", "model.path is a checkpoint directory or a hub name")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        check_kernels(path, dict(fields))
         model_type = dict(fields).get("model_type")  # config.json may hold an empty list
         if model_type is not None and model_type not in _ADAPTERS | RELEASED_AS:
             supported = f"supported: {', '.join(sorted(_ADAPTERS))}; docs/adding-a-family.md says how to add one"
