@@ -5,7 +5,7 @@ log, and can be killed. A message is sent without waiting. If the process does n
 process is gone, tracking has ended. Either is said once, on stderr; `metrics.jsonl` has everything.
 
 Invariant: what goes wrong with W&B costs messages to W&B and, at the end of a run, at most `tracking.timeout` seconds
-and a few more. A run keeps its W&B id in its folder, so that a resumed one goes on under it.
+and `GRACE_SECONDS`. A run keeps its W&B id in its folder, so that a resumed one goes on under it.
 Cost: a process with about 200 MB of memory; some tens of microseconds a log. Only the first process of a run tracks.
 What it cannot do: say whether what was sent has reached the server.
 """
@@ -27,8 +27,8 @@ from typing import Any
 from evs_train.config import TrackingSection
 
 ID_FILE = "wandb_id"
-GRACE_SECONDS = 25.0
-"""Beyond `tracking.timeout`, for the process to start and to end."""
+GRACE_SECONDS = 60.0
+"""Beyond `tracking.timeout`, for the process to start (it imports wandb) and to end."""
 _BUFFER = 4 << 20
 _PASSED_ON = re.compile(
     r"WANDB_(?!SERVICE$|DIR$).*|NETRC|HOME|PATH|PYTHONPATH|LANG|LC_.*|TMPDIR|XDG_.*|VIRTUAL_ENV|LD_LIBRARY_PATH|USER"

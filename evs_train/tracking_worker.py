@@ -4,7 +4,7 @@ It is started in the folder that W&B's files go to, with an environment that hol
 its command line says nothing of the run. W&B is told not to collect what it finds out about the machine: host, user,
 program, arguments, git, packages. It knows its folder as /proc/self/cwd, so that its logs do not tell where that is.
 
-Invariant: it ends within `tracking.timeout` (and a few seconds) of the run's end, however that came about; what is not
+Invariant: it ends within `tracking.timeout` and `_HARD_SECONDS` of the run's end, however that came about; what is not
 sent by then is on disk, for `wandb sync`. Cost: what wandb takes. A second process, wandb-core, belongs to it.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _MESSAGE = 4 << 20
-_HARD_SECONDS = 20.0
+_HARD_SECONDS = 50.0
 
 Message = dict[str, Any]
 
@@ -42,6 +42,7 @@ def main() -> None:
         message = json.loads(received) if received else {"end": 1}  # the run is gone without a word
         messages.put(message)
     threading.Event().wait(begin["timeout"] + _HARD_SECONDS)  # `_work` ends this process before
+    _say(connection, "did not end in time; `wandb sync` sends what is on disk")
     os._exit(1)  # wandb would wait for its own process first
 
 

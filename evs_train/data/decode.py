@@ -155,8 +155,8 @@ def _rgb(raw: Pixels) -> Pixels:
 def _suiting_decord(file: MediaFile) -> Examined:
     """Stands for a look through a file that decord is known to read rightly.
 
-    The file is opened all the same, since decord itself opens whatever FFmpeg can, and the index that vouches for it may
-    have come with the data. Raises MediaError.
+    It is opened all the same, since decord opens whatever FFmpeg can, and the index that vouches for it may have come
+    with the data. Raises MediaError.
     """
     try:
         with open_video(file):

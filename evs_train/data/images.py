@@ -22,7 +22,7 @@ from evs_train.data.sources import TarMember
 from evs_train.errors import MediaError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 """PIL's names of the formats that are opened, whatever a file's name says; for EPS it would start Ghostscript."""
 REPLACE = "replace the file, or remove its rows"
 

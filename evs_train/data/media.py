@@ -77,6 +77,8 @@ class MediaFinder:
 
     def _path(self, value: Any, kind: str) -> str:
         name = _stored_path(value, kind).removeprefix("file://")
+        if "\0" in name:
+            raise DataError(f"{kind} {name[:80]!r} is no path", "it must be the path of a file")
         if "://" in name or name.startswith("data:"):
             raise DataError(f"{kind} {name[:80]!r} is not a local file", "download it, and give its path")
         path = str(Path(self.root) / name)
