@@ -1,7 +1,7 @@
 """JSON and YAML that come from others, with one meaning or an error: what both leave open is refused.
 
-Refused, each as `StrictError`: a key given twice (some parsers take the first, some the last), NaN and infinity (no JSON
-has them), numbers and nesting that Python's parsers give up on with errors of other kinds, text with halves of
+Refused, each as `StrictError`: a key given twice (some parsers take the first, some the last), NaN and infinity (no
+JSON has them), numbers and nesting that Python's parsers give up on with errors of other kinds, text with halves of
 surrogate pairs (tokenizers fail on it) or NUL (which no path can hold, in YAML), and YAML values that are not those of
 JSON, contain themselves, or unfold to more than `MOST_VALUES` by aliases.
 

@@ -28,7 +28,8 @@ DECODE_ERRORS = (av.FFmpegError, ValueError)
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mpegvideo", "m4v",
     "h264", "hevc", "vvc", "av1", "obu", "ivf", "vc1", "dv", "gif", "apng", "mxf", "nut", "rm", "swf", "wtv",
-    "yuv4mpegpipe", "mp3", "wav", "flac", "aac", "image2", "tty", "bmp_pipe", "gif_pipe", "jpeg_pipe", "png_pipe", "webp_pipe",
+    "yuv4mpegpipe", "mp3", "wav", "flac", "aac", "image2", "tty", "bmp_pipe", "gif_pipe", "jpeg_pipe", "png_pipe",
+    "webp_pipe",
 )  # fmt: skip
 """FFmpeg's names of the formats that are opened: such as keep all in one file. Playlists (HLS, DASH, concat, IMF) and
 session descriptions (SDP, RTSP) are not among them: they make FFmpeg open other files and connections. Sound and
