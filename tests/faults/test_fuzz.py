@@ -46,6 +46,13 @@ def fuzzed(share: str) -> Callable[[Any], Any]:
     )
 
 
+def _nested(depth: int) -> Any:
+    value: Any = 1
+    for number in range(depth):
+        value = [value] if number % 2 else {"a": value}
+    return value
+
+
 ODD = st.one_of(
     st.none(),
     st.booleans(),
@@ -56,7 +63,8 @@ ODD = st.one_of(
     st.sampled_from(
         [
             "", " ", "\0", "a\0b.mp4", "\ud800", "../../etc/passwd", "/etc/passwd", "file:///etc/passwd",
-            "http://x/y.mp4", "concat:a|b", "data:video/mp4;base64,AAAA", "~/x", "<video>", "<image><video>", "*", "[", "a" * 5000, ".",
+            "http://x/y.mp4", "concat:a|b", "data:video/mp4;base64,AAAA", "~/x", "<video>", "<image><video>", "*", "[",
+            "a" * 5000, ".",
             "\u2028", "{{ 1 }}", "%s", "first:10%", "random:" + "9" * 30, "end:0.0%", "1e400",
             "!!python/object:os.system",
         ]
@@ -66,13 +74,6 @@ ODD = st.one_of(
     st.binary(max_size=8),
     st.integers(1, 400).map(_nested),
 )  # fmt: skip
-
-
-def _nested(depth: int) -> Any:
-    value: Any = 1
-    for number in range(depth):
-        value = [value] if number % 2 else {"a": value}
-    return value
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
