@@ -24,6 +24,10 @@ Number = int | str
 Rows = Iterator[tuple[Number, Any]]
 
 _CHUNK = 1 << 20
+_BATCH = 1024
+MOST_UNPACKED = 2 << 30
+"""Bytes of a Parquet row group that are unpacked without a question; larger ones may be `_MOST_PACKED` times the file."""
+_MOST_PACKED = 100
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -174,10 +178,29 @@ def _table(path: Path, kind: str) -> Rows:
         raise FileNotFoundError(2, "No such file", str(path))
     from datasets import load_dataset  # noqa: PLC0415 (half a second, and most rows are JSON)
 
+    options = {"batch_size": _BATCH} if kind == "parquet" else {}  # else a whole row group at a time
     try:
-        yield from _numbered(load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True))
+        if kind == "parquet":
+            _check_unpacked(path)
+        yield from _numbered(
+            load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
+        )
     except ValueError as error:  # pyarrow's ArrowInvalid among them
         raise DataError(f"{path}: cannot be read as {kind}: {error}", "write or copy the file again") from error
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuse a file that is small and unpacks to more than memory may hold, as no text does."""
+    from pyarrow.parquet import ParquetFile  # noqa: PLC0415 (as above)
+
+    with ParquetFile(path) as file:
+        groups = [file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups)]
+    largest = max(groups, default=0)
+    if largest > max(MOST_UNPACKED, _MOST_PACKED * path.stat().st_size):
+        raise DataError(
+            f"{path}: unpacks to {largest / 2**30:.1f} GiB at a time, {largest // path.stat().st_size} times its size",
+            "write it again with smaller row groups",
+        )
 
 
 def _saved_dataset(path: Path) -> Rows:

@@ -212,6 +212,7 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             config=config,
             dtype=dtype,
             attn_implementation=model.attn_implementation,
+            use_safetensors=True,  # older forms of weights are pickles
             output_loading_info=True,
             **_code_options(config.model_type, model.revision),
         )
