@@ -84,13 +84,13 @@ def show_summary(recipe: Recipe, summary: Summary, export: Export | None, consol
     table.add_row("tokens/s (after pruning)", f"{summary.tokens_per_second:,.0f}")
     if summary.quarantined:
         reasons = ", ".join(f"{reason} {count}" for reason, count in summary.quarantined.items())
-        table.add_row("bad samples replaced", f"{reasons}; see {recipe.output_dir}/{QUARANTINE_FILE}")
-    table.add_row("metrics", f"{recipe.output_dir}/metrics.jsonl")
+        table.add_row("bad samples replaced", redact(f"{reasons}; see {recipe.output_dir}/{QUARANTINE_FILE}"))
+    table.add_row("metrics", redact(f"{recipe.output_dir}/metrics.jsonl"))
     if export is not None:
-        table.add_row("exported", str(export.path))
+        table.add_row("exported", redact(str(export.path)))
     console.print(table)
     if export is not None:
         console.print(f"Serve it: {caveat(export.serving)}", markup=False, highlight=False, soft_wrap=True)
         for line in export.serving:
             console.print(f"\n# {line.engine} (reads: {line.reads}) {line.note}", markup=False, highlight=False)
-            console.print(line.command, markup=False, highlight=False, soft_wrap=True)
+            console.print(redact(line.command), markup=False, highlight=False, soft_wrap=True)

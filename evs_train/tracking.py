@@ -25,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from evs_train.config import TrackingSection
+from evs_train.redaction import redact
 
 ID_FILE = "wandb_id"
 GRACE_SECONDS = 60.0
 """Beyond `tracking.timeout`, for the process to start (it imports wandb) and to end."""
 _BUFFER = 4 << 20
+_CACHE = "/proc/self/cwd/wandb/cache"
+"""Where wandb-core keeps its log; a link to it lies in the run's folder, and must not tell where the home folder is."""
 _PASSED_ON = re.compile(
     r"WANDB_(?!SERVICE$|DIR$).*|NETRC|HOME|PATH|PYTHONPATH|LANG|LC_.*|TMPDIR|XDG_.*|VIRTUAL_ENV|LD_LIBRARY_PATH|USER"
     r"|SSL_CERT_(?:FILE|DIR)|REQUESTS_CA_BUNDLE|(?:https?|all|no)_proxy",
@@ -94,9 +97,9 @@ class Tracker:
         begin = {
             "id": run_id,
             "resumed": known is not None,
-            "name": self.name,
+            "name": redact(self.name),
             "project": os.environ.get("WANDB_PROJECT") or self.section.project,
-            "tags": None if os.environ.get("WANDB_TAGS") else self.section.tags,
+            "tags": None if os.environ.get("WANDB_TAGS") else redact(self.section.tags),
             "record": str(record.absolute()),
             "timeout": self.section.timeout,
         }
@@ -178,8 +181,9 @@ def _environment() -> dict[str, str]:
         **passed_on,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "WANDB_ERROR_REPORTING": "false",
+        "WANDB_CACHE_DIR": _CACHE,
     }
 
 
 def _say(what: str) -> None:
-    print(f"W&B {what}", file=sys.stderr)
+    print(f"W&B {redact(what)}", file=sys.stderr)

@@ -26,7 +26,7 @@ Rows = Iterator[tuple[Number, Any]]
 _CHUNK = 1 << 20
 _BATCH = 1024
 MOST_UNPACKED = 2 << 30
-"""Bytes of a Parquet row group that are unpacked without a question; larger ones may be `_MOST_PACKED` times the file."""
+"""Bytes of a Parquet row group that are always unpacked; a larger one may be `_MOST_PACKED` times its file."""
 _MOST_PACKED = 100
 _BOM = b"\xef\xbb\xbf"
 

@@ -38,6 +38,7 @@ from evs_train.models import FAMILIES, RELEASED_AS, REMOTE_FAMILIES, nemotron_re
 from evs_train.models.base import Family
 from evs_train.models.remote_code import check_kernels, check_remote_code
 from evs_train.models.tuning import part_of
+from evs_train.redaction import redact
 
 _ADAPTERS = FAMILIES | REMOTE_FAMILIES
 # Formats of models that are supported in another format.
@@ -225,6 +226,7 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             f"the code of {model.path} does not fit this version of transformers: {_reason(error)}",
             "correct a copy in a directory; a model's __init__ must end with self.post_init()",
         ) from error
+    loaded.name_or_path = loaded.config.name_or_path = redact(model.path)  # adapters are saved with it
     # transformers fills what the files lack with random numbers and only logs it.
     family, parameters = adapter_of(config), {name for name, _ in loaded.named_parameters()}
     missing = sorted(name for name in info["missing_keys"] if name in parameters and part_of(name, family) is not None)
