@@ -30,7 +30,7 @@ from evs_train.errors import EvsTrainError
 from evs_train.evaluate.options import parse_options
 from evs_train.recipe import RECIPES_DIR, load_recipe, recipe_names
 
-INPUTS = int(os.environ.get("EVS_TRAIN_FUZZ", "1200"))
+INPUTS = int(os.environ.get("EVS_TRAIN_FUZZ", "600"))
 SHARES = {"rows": 0.5, "recipes": 0.1, "overrides": 0.1, "listings": 0.08, "bytes": 0.2, "tables": 0.02}
 
 
