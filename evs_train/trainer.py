@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import resource
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -113,7 +114,10 @@ class UptrainTrainer(Trainer):
         return loader
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with warnings.catch_warnings():
+            # PEFT looks for the base by the name that adapters are saved with, in which the home folder is `~`.
+            warnings.filterwarnings("ignore", "Could not find a config file in")
+            super()._save(output_dir, state_dict)
         # A pickle of all arguments, paths and tokens among them, that nothing reads again.
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
