@@ -18,6 +18,7 @@ from evs_train.commit import Checkpoints
 from evs_train.data.quarantine import QUARANTINE_FILE
 from evs_train.disk import replace_text
 from evs_train.errors import RecipeError
+from evs_train.redaction import redact, restore
 from evs_train.resume import refuse_differences, resumption
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ _OF_A_RUN = (
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
     """Write the run's record (recipe, fingerprint of the data, versions) into its folder."""
-    replace_text(output / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+    replace_text(output / RECORD_FILE, json.dumps(redact(record), indent=2) + "\n")
 
 
 def read_record(output: Path) -> dict[str, Any]:
@@ -48,10 +49,16 @@ def read_record(output: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RecipeError(f"{output} holds no run", f"training writes {RECORD_FILE} there at its start")
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = restore(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise RecipeError(f"{file} is not valid JSON: {error}", "training writes it at its start") from error
     return record
+
+
+def _as_read(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as it would be read back: without secrets."""
+    read: dict[str, Any] = restore(redact(record))
+    return read
 
 
 def checkpoint_to_resume(checkpoints: Checkpoints, record: dict[str, Any], *, auto: bool = False) -> str | None:
@@ -84,7 +91,7 @@ def checkpoint_to_resume(checkpoints: Checkpoints, record: dict[str, Any], *, au
     checkpoint = str(found.path)
     if broken and checkpoints.ranks.rank == 0:
         _log.warning("going on from %s, the newest that is whole; %s", checkpoint, broken)
-    refuse_differences(read_record(output), record, str(output))
+    refuse_differences(read_record(output), _as_read(record), str(output))
     is_over = int(checkpoint.rsplit("-", 1)[1]) >= record["num_steps"]
     if is_over and not auto and (output / "final").is_dir():
         raise RecipeError(f"train.resume: {checkpoint} is the end of the run", f"evs-train export run={output}")
@@ -94,7 +101,7 @@ def checkpoint_to_resume(checkpoints: Checkpoints, record: dict[str, Any], *, au
 def resumptions(output: Path, record: dict[str, Any], checkpoint: str) -> list[dict[str, Any]]:
     """What the record says of each time that the run in `output` was resumed, the one from `checkpoint` last."""
     before = read_record(output)
-    return [*before.get("resumed", []), resumption(before, record, Path(checkpoint).name)]
+    return [*before.get("resumed", []), resumption(before, _as_read(record), Path(checkpoint).name)]
 
 
 def set_aside(output: Path) -> None:

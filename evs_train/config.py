@@ -320,6 +320,9 @@ class TrackingSection(Section):
     project: str = Field("evs-train", description="W&B project")
     name: str | None = Field(None, description="name of the run; default: the recipe's")
     tags: list[str] = Field([], description="W&B tags")
+    timeout: float = Field(
+        60.0, gt=0, description="seconds that W&B has to answer at the start, and at the end to send what is left"
+    )
 
 
 class EvalSection(Section):

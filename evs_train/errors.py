@@ -24,6 +24,8 @@ EXIT_CODES = {
 }
 """All codes with which a program of this package leaves; docs/reliability.md shows this table."""
 
+from evs_train.redaction import redact
+
 
 class EvsTrainError(Exception):
     """Base of all errors shown to the user as one line: `message`, then the `hint` that says what to do.
@@ -108,9 +110,9 @@ ON_ALL_RANKS = (BudgetError, NotFiniteError, PreemptedError)
 
 def report(error: EvsTrainError) -> int:
     """Print `error` for a person on stderr and return the exit code of the process."""
-    print(f"error: {error.message}", file=sys.stderr)
+    print(f"error: {redact(error.message)}", file=sys.stderr)
     if error.hint:
-        print(f"  hint: {error.hint}", file=sys.stderr)
+        print(f"  hint: {redact(error.hint)}", file=sys.stderr)
     return error.exit_code
 
 

@@ -31,6 +31,7 @@ from evs_train.errors import ModelError, RecipeError
 from evs_train.models.base_files import BESIDE_WEIGHTS, base_folder
 from evs_train.models.loading import adapter_of, load_config, load_weights
 from evs_train.recipe import parse_recipe
+from evs_train.redaction import redact
 from evs_train.serving import ServingLine, caveat, launch_lines
 
 _NAMES_SHOWN = 10
@@ -82,9 +83,9 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
     _copy_files(base, staging)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     _write_json(staging / "config.json", {**config, "video_pruning_rate": rate})
-    _write_json(staging / EXPORT_RECORD, {**record, "video_pruning_rate": rate})
+    _write_json(staging / EXPORT_RECORD, redact({**record, "video_pruning_rate": rate}))
     serving = launch_lines(model.config.model_type, str(destination), rate)
-    (staging / "README.md").write_text(_model_card(recipe, record, rate, serving), encoding="utf-8")
+    (staging / "README.md").write_text(redact(_model_card(recipe, record, rate, serving)), encoding="utf-8")
     if destination.exists():
         shutil.rmtree(destination)
     staging.rename(destination)

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from evs_train.collate import BatchPlan
 from evs_train.commit import Checkpoints
@@ -145,6 +147,14 @@ class UptrainTrainer(Trainer):
         plain: DataLoader[Any] = loader.base_dataloader  # inside accelerate's
         plain.worker_init_fn = outlive_signals(plain.worker_init_fn)
         return loader  # type: ignore[no-any-return]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with warnings.catch_warnings():
+            # PEFT looks for the base by the name that adapters are saved with, in which the home folder is `~`.
+            warnings.filterwarnings("ignore", "Could not find a config file in")
+            super()._save(output_dir, state_dict)
+        # A pickle of all arguments, paths and tokens among them, that nothing reads again.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +32,10 @@ from evs_train.callbacks import (
     JsonlCallback,
     PictureCallback,
     ProgressLine,
-    RecipeToWandb,
     RecomputeOnly,
-    prepare_wandb,
+    TrackingCallback,
 )
-from evs_train.checkpoint import checkpoint_to_resume, resumptions, set_aside, write_record
+from evs_train.checkpoint import RECORD_FILE, checkpoint_to_resume, resumptions, set_aside, write_record
 from evs_train.commit import Checkpoints, Ranks
 from evs_train.config import Recipe
 from evs_train.data import manifest
@@ -52,6 +52,7 @@ from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
 from evs_train.processes import connect_on_cpu, share_folder, wait_at_most
 from evs_train.prune import EvsHook
+from evs_train.tracking import Tracker
 from evs_train.trainer import UptrainTrainer
 
 DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
@@ -83,6 +84,7 @@ class Run(Inputs):
     def __init__(self, recipe: Recipe, world_size: int | None = None, watched: Progress = unwatched) -> None:
         super().__init__(recipe, world_size, watched)
         self.questions = questions_of(recipe)
+        self.tracker = Tracker(recipe.tracking, recipe.recipe, Path(recipe.output_dir))
 
     def load_model(self) -> nn.Module:
         """The model as it will be trained: weights loaded, parts frozen, adapters added."""
@@ -137,7 +139,10 @@ class Run(Inputs):
             else:
                 record["resumed"] = resumptions(output, record, checkpoint)
             write_record(output, record)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        first = trainer.is_world_process_zero()
+        tracked = self.tracker.running(output / RECORD_FILE, resumed=checkpoint is not None) if first else nullcontext()
+        with tracked:
+            trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.hook.cache is not None:
             trainer.hook.cache.writer.close()
         step = trainer.state.global_step
@@ -228,24 +233,25 @@ class Run(Inputs):
             train_dataset=self.stream,
             callbacks=[
                 JsonlCallback(output / "metrics.jsonl"),
-                PictureCallback(hook, output / "pictures"),
-                RecipeToWandb(recipe.model_dump()),
+                PictureCallback(hook, output / "pictures", self.tracker),
+                TrackingCallback(self.tracker),
             ],
         )
         if isinstance(recipe.train.gradient_checkpointing, list):
             trainer.add_callback(RecomputeOnly(self.family, recipe.train.gradient_checkpointing))
         if self.questions:
-            trainer.add_callback(LiveCurve(recipe, self.family, self.questions, trainer.log, hook.autocast))
+            trainer.add_callback(
+                LiveCurve(
+                    recipe, self.family, self.questions, trainer.log, autocast=hook.autocast, tracker=self.tracker
+                )
+            )
         return trainer
 
     def _training_arguments(self) -> TrainingArguments:
         recipe, train, optim = self.recipe, self.recipe.train, self.recipe.optim
         on_cpu = not torch.cuda.is_available()
-        if recipe.tracking.wandb:
-            prepare_wandb(recipe.tracking, recipe.output_dir)
         return TrainingArguments(
             output_dir=recipe.output_dir,
-            run_name=recipe.tracking.name or recipe.recipe,
             seed=recipe.seed,
             max_steps=self.schedule.num_steps,
             per_device_train_batch_size=train.batch_size,
@@ -274,7 +280,7 @@ class Run(Inputs):
             logging_nan_inf_filter=False,  # it would hide a NaN while the optimizer still steps
             save_strategy="no" if train.save_every is None else "steps",
             save_steps=train.save_every or 0.5,
-            report_to=["wandb"] if recipe.tracking.wandb else [],
+            report_to=[],  # `tracking.py` speaks to W&B, so that it can neither stop nor slow the run
         )
 
     def _record(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -232,24 +231,6 @@ def test_pictures_of_kept_patches_are_drawn(family_name: str, train: Callable[..
     for path in (output / "pictures").glob("*.png"):
         with Image.open(path) as picture:
             assert min(picture.size) > 100
-
-
-def test_wandb_runs_offline_without_a_key(
-    train: Callable[..., tuple[Path, Summary]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "WANDB_PROJECT"):
-        monkeypatch.setenv(name, "")  # so that it is put back, whether it was there or not
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    output, _ = train("run", tracking__wandb=True, train__pictures_every=2)
-    import wandb
-
-    wandb.teardown()  # ends the service process, which writes the file
-    assert os.environ["WANDB_MODE"] == "offline"
-    (file,) = output.glob("wandb/offline-run-*/*.wandb")
-    content = file.read_bytes()
-    for name in (b"evs/video_tokens_after", b"evs/kept", b"lr/vision", b"tuning", b"pictures_every"):
-        assert name in content, name
 
 
 def test_a_bad_row_ends_training_with_its_name(

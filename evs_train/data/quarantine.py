@@ -21,6 +21,7 @@ from typing import Any
 from evs_train.config import DataSection
 from evs_train.disk import replace_text, whole_lines
 from evs_train.errors import BudgetError, Reason
+from evs_train.redaction import redact
 
 QUARANTINE_FILE = "quarantine.jsonl"
 MIN_DRAWS = 100
@@ -137,7 +138,7 @@ class Quarantine:
         self._count(lines)
         if writes and lines:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.write("".join(json.dumps(line) + "\n" for line in redact(lines)))
         share = len(self._bad_draws) / max(self.num_draws, 1)
         if found.none_left:
             self._end(f"{self.data.max_bad_in_a_row} samples in a row are bad", "data.max_bad_in_a_row")
