@@ -23,8 +23,8 @@ STEPS = 3
 @pytest.fixture
 def start(tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path) -> Callable[..., Any]:
     def train(**options: Any) -> Any:
-        settings = {"train__steps": STEPS, "train__batch_size": 1, "train__save_every": 1, **options}
-        words = arguments(tiny_checkpoint("qwen3_vl"), world, tmp_path / "run", train__resume="auto", **settings)
+        settings = {"train__steps": STEPS, "train__batch_size": 1, "train__save_every": 1, "train__resume": "auto"}
+        words = arguments(tiny_checkpoint("qwen3_vl"), world, tmp_path / "run", **(settings | options))
         return Run(recipe_of(words)).train()
 
     return train
