@@ -24,8 +24,6 @@ EXIT_CODES = {
 }
 """All codes with which a program of this package leaves; docs/reliability.md shows this table."""
 
-from evs_train.redaction import redact
-
 
 class EvsTrainError(Exception):
     """Base of all errors shown to the user as one line: `message`, then the `hint` that says what to do.
