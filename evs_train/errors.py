@@ -12,6 +12,8 @@ import os
 import sys
 from typing import Literal, NoReturn
 
+from evs_train.redaction import redact
+
 EXIT_CODES = {
     0: "Done: trained, and exported if the recipe says so.",
     1: "A defect of this package, with a traceback. `torchrun` itself always leaves with 1 when a process failed.",
