@@ -71,6 +71,18 @@ def test_unknown_key_names_the_nearest_at_every_depth(override: str, message: st
     assert faults(override) == [message]
 
 
+def test_a_key_that_is_no_text() -> None:
+    with pytest.raises(RecipeError, match=r"the value of data.video_kwargs is not valid YAML: the key 1 is not text"):
+        load_recipe(["recipe=tiny", "data.video_kwargs={1: 2}"])
+
+
+def test_a_key_of_two_types_is_named_without_them() -> None:
+    assert faults("train.resume=1") == [
+        "train.resume: must be a valid boolean, got 1",
+        "train.resume: must be 'auto', got 1",
+    ]
+
+
 def test_all_faults_come_at_once() -> None:
     found = faults("evs.rats=1", "train.steps=0", "optim.lr=fast", "tuning.lora.q=1", "model.dtype=fp16", "sede=1")
     assert sorted(line.split(":")[0] for line in found) == [
@@ -90,12 +102,11 @@ def test_all_faults_come_at_once() -> None:
         ("train.steps=true", "train.steps: must be a valid integer, got True"),
         ("train.steps=3.0", "train.steps: must be a valid integer, got 3.0"),
         ("optim.lr='1e-5'", "optim.lr: must be a valid number, got '1e-5'"),
-        ("train.resume=1", "train.resume: must be a valid boolean, got 1"),
+        ("tracking.wandb=1", "tracking.wandb: must be a valid boolean, got 1"),
         ("tracking.name=3", "tracking.name: must be a valid string, got 3"),
         ("tuning.freeze=vision", "tuning.freeze: must be a valid list, got 'vision'"),
         ("tuning.freeze=[visoin]", "tuning.freeze.0: must be 'vision', 'projector' or 'language_model', got 'visoin'"),
         ("data.rows=[1]", "data.rows.0: must be a valid string, got 1"),
-        ("data.video_kwargs={1: 2}", "data.video_kwargs.1: must be a valid string, got 1"),
         ("model.dtype=fp16", "model.dtype: must be 'bfloat16' or 'float32', got 'fp16'"),
         ("model.path=", "model.path: must be a valid string, got None"),
     ],
