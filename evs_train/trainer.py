@@ -37,61 +37,22 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from evs_train.beginning import AttachHook, BeginCounts
 from evs_train.collate import BatchPlan
 from evs_train.commit import Checkpoints
 from evs_train.config import ObjectiveSection, OptimSection
 from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
 from evs_train.errors import PreemptedError
-from evs_train.finite import FiniteGuard, have_deepspeed_check
+from evs_train.finite import FiniteGuard
 from evs_train.models.tuning import parameter_groups
 from evs_train.objectives import cross_entropies, teacher_kl
 from evs_train.preemption import Preemption, outlive_signals
 from evs_train.prune import EvsHook, Pass
 from evs_train.restore import SinceLog, num_generators, read_counts, seed_anew, set_options, write_counts
 from evs_train.tally import BACKENDS, Tally
-
-
-class _AttachHook(TrainerCallback):
-    """Hooks the model after DeepSpeed has, when training begins.
-
-    DeepSpeed's hook turns on the gathering of weights that a module reads of another one, as GLM's vision tower does
-    (ZeRO-3). The tower runs in our hook, so that one must come later.
-    Also takes back what transformers does where activations are recomputed: it lets gradients reach all embeddings,
-    which reentrant checkpoints need and ours do not. In a tower whose patch embedding is among them, frozen layers
-    would be computed again and have a backward pass.
-    """
-
-    def __init__(self, hook: EvsHook) -> None:
-        self.hook = hook
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        self.hook.attach(model)
-        self.hook.model.disable_input_require_grads()
-
-
-class _BeginCounts(TrainerCallback):
-    """Counts go on from the step that a resumed run begins with. Also knows of which step the last checkpoint is."""
-
-    def __init__(self, quarantine: Quarantine, finite: FiniteGuard) -> None:
-        self.quarantine, self.finite = quarantine, finite
-        self.saved_step = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.quarantine.begin(state.global_step, writes=state.is_world_process_zero)
-        self.finite.begin(state.global_step, writes=state.is_world_process_zero)
-        self.saved_step = state.global_step
-        if args.deepspeed is not None:
-            have_deepspeed_check(kwargs["optimizer"].optimizer)  # inside accelerate's
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.saved_step = state.global_step
 
 
 class UptrainTrainer(Trainer):
@@ -128,8 +89,8 @@ class UptrainTrainer(Trainer):
         self.seconds = 0.0
         self._last_log = 0.0  # 0: the clock starts with the first batch, not with loading
         hook.autocast = self.accelerator.autocast
-        self.add_callback(_AttachHook(hook))
-        self._counts = _BeginCounts(quarantine, finite)
+        self.add_callback(AttachHook(hook))
+        self._counts = BeginCounts(quarantine, finite)
         self.add_callback(self._counts)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -42,6 +42,7 @@ class Witness(TrainerCallback):
         optimizer: Any = self.trainer.optimizer
         while hasattr(optimizer, "optimizer"):  # accelerate's, DeepSpeed's, torch's
             optimizer = optimizer.optimizer
+        weights += [weight for group in optimizer.param_groups for weight in group["params"]]  # DeepSpeed's own
         moments = [moment for of_weight in optimizer.state.values() for moment in of_weight.values()]
         self.write(
             step=state.global_step,
@@ -55,7 +56,8 @@ class Witness(TrainerCallback):
 def checksum(tensors: list[Tensor]) -> int:
     sum_so_far = 0
     for tensor in tensors:
-        sum_so_far = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), sum_so_far)
+        flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)  # NumPy has no bfloat16
+        sum_so_far = zlib.crc32(flat.numpy().tobytes(), sum_so_far)
     return sum_so_far
 
 
