@@ -38,13 +38,16 @@ class Attempts(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for disk in self.disks if state.global_step == 2 else ():
+            self.messages.append(self._refusal(disk, model))
             gc.collect()  # a writer of torch that failed keeps its file, and its room, until it is collected
-            with disk, pytest.raises(StorageError) as refused:
-                self.trainer._save_checkpoint(model, None)
-            self.messages.append(refused.value.message)
             output = Path(args.output_dir)
             assert Checkpoints(output).newest_whole().path == output / "checkpoint-1"
             assert not list(output.glob(".staging*"))
+
+    def _refusal(self, disk: contextlib.AbstractContextManager[None], model: Any) -> str:
+        with disk, pytest.raises(StorageError) as refused:
+            self.trainer._save_checkpoint(model, None)
+        return refused.value.message
 
 
 @pytest.fixture
