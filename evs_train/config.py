@@ -7,6 +7,7 @@ imported here. `recipe.py` reads recipes from YAML and reports what is wrong wit
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -155,6 +156,7 @@ class DataSection(Section):
         taken = [key for key in value if key in OWN_KWARGS]
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be set: evs_train passes it (frames are chosen by data.fps)")
+        json.dumps(value, allow_nan=False)  # raises ValueError; records are JSON
         return value
 
     @model_validator(mode="after")
