@@ -22,6 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 SHELL_FILES = ("multinode.sh", "slurm.sbatch")
+BUSY = "for _ in {1..900}; do sleep 0.05; done"  # a trap runs between two commands
 TOLD = 'echo "$NNODES $NODE_RANK $HEAD $PORT $PET_RDZV_ID $*" >> told'
 
 
@@ -110,7 +111,8 @@ class TestMultinode:
     def test_a_signal_is_handed_on_once_and_the_code_is_75(
         self, number: int, tmp_path: Path, stand_in: Callable[..., None]
     ) -> None:
-        body = "trap 'echo term >> signals' TERM; touch ready; until [ -e saved ]; do sleep 0.05; done; exit 1"
+        until_saved = "for _ in {1..900}; do [ -e saved ] && exit 1; sleep 0.05; done"
+        body = f"trap 'echo term >> signals' TERM; touch ready; {until_saved}"
         stand_in("bin/torchrun", body)
         process = start(tmp_path, [str(LAUNCH / "multinode.sh")])
         wait_for(tmp_path / "ready")
@@ -125,7 +127,7 @@ class TestMultinode:
 
     def test_a_run_that_is_done_is_done(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
         """Even if it was told to end in its last moments."""
-        stand_in("bin/torchrun", "trap 'exit 0' TERM; touch ready; while true; do sleep 0.05; done")
+        stand_in("bin/torchrun", f"trap 'exit 0' TERM; touch ready; {BUSY}")
         process = start(tmp_path, [str(LAUNCH / "multinode.sh")])
         wait_for(tmp_path / "ready")
         process.terminate()
@@ -164,14 +166,14 @@ class TestSlurm:
     def test_when_time_is_up_the_tasks_are_told_and_it_is_put_back(
         self, code: int, job: Callable[..., Any], tmp_path: Path
     ) -> None:
-        process = job(f"trap 'exit {code}' USR1; touch ready; while true; do sleep 0.05; done")
+        process = job(f"trap 'exit {code}' USR1; touch ready; {BUSY}")
         wait_for(tmp_path / "ready")
         process.send_signal(signal.SIGUSR1)
         assert finished(process)[0] == code
         assert (tmp_path / "requeued").read_text() == "71234\n"
 
     def test_a_run_that_finishes_when_time_is_up_is_done(self, job: Callable[..., Any], tmp_path: Path) -> None:
-        process = job("trap 'exit 0' USR1; touch ready; while true; do sleep 0.05; done")
+        process = job(f"trap 'exit 0' USR1; touch ready; {BUSY}")
         wait_for(tmp_path / "ready")
         process.send_signal(signal.SIGUSR1)
         assert finished(process)[0] == 0
