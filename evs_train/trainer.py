@@ -159,6 +159,7 @@ class UptrainTrainer(Trainer):
         self._total_loss_scalar -= counts.loss  # which is of this process's steps only
         self._last_log -= counts.seconds
         self.tally.add_sums(counts.sums, self.args.device)
+        self._before_step = self._tr_loss.clone(), self.tally.state()  # if this step is left out, these stay
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         self._last_log = self._last_log or time.perf_counter()
@@ -203,10 +204,10 @@ class UptrainTrainer(Trainer):
         return bool(num_told)
 
     def _save_and_end(self) -> None:
-        """Log and save the last step that was done, if it is not saved yet. Raises PreemptedError on every rank."""
+        """Save the last step that was done, if it is not saved yet. Raises PreemptedError on every rank."""
         step = self.state.global_step
         if step > self._counts.saved_step:
-            self.control.should_log = self.control.should_save = True
+            self.control.should_save = True  # with what was counted since the last log
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model_wrapped, None, self.state.epoch, None, None)
         raise PreemptedError(
             f"told to end by a signal; {f'step {step} is saved' if step else 'no step was done yet'} in "
