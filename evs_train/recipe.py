@@ -141,7 +141,9 @@ def _override(raw: dict[str, Any], dotted: str, value: Any) -> None:
 def _describe_fault(fault: Any) -> str:
     """One line for a person: the dotted key, what is wrong, and the nearest key for a misspelt one."""
     location = [str(part) for part in fault["loc"]]
-    if re.fullmatch(r"bool|(?:list|literal)\[.*", location[-1]):  # pydantic's name of one of the types a key may have
+    if location and re.fullmatch(
+        r"bool|(?:list|literal)\[.*", location[-1]
+    ):  # pydantic's name of one of the types a key may have
         location.pop()
     known: list[str] | None = None
     if fault["type"] == "extra_forbidden":
