@@ -39,7 +39,7 @@ proof: $(STAMP)
 # One thread per worker: two workers with all cores each are slower than one. Without a GPU, so that runs in one process
 # and in several, which the tests compare, compute on the same kind of device.
 test: check
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 faults: $(STAMP)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults/test_kills.py -m "exhaustive or not exhaustive"

@@ -69,9 +69,9 @@ FREE = (
     "data.on_error", "data.max_bad_share", "data.max_bad_in_a_row", "train.max_skipped_steps", "train.timeout_minutes",
     # Names, and what is written, shown or asked beside training.
     "recipe", "output_dir", "dry_run", "train.log_every", "train.save_every", "train.keep_checkpoints",
-    "train.pictures_every", "train.resume", "train.resume_allow", "tracking.wandb", "tracking.project",
-    "tracking.name", "tracking.tags", "eval.every", "eval.data", "eval.layout", "eval.rates", "eval.limit",
-    "eval.choices", "eval.match", "eval.max_new_tokens", "export.enabled", "export.rate", "export.dir",
+    "train.pictures_every", "train.resume", "train.resume_allow", "tracking.wandb", "tracking.timeout",
+    "tracking.project", "tracking.name", "tracking.tags", "eval.every", "eval.data", "eval.layout", "eval.rates",
+    "eval.limit", "eval.choices", "eval.match", "eval.max_new_tokens", "export.enabled", "export.rate", "export.dir",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from tests.nodes import MULTINODE, Node, NotAllowedError, kill, loopback, namesp
 from tests.runs import arguments, metrics, torchrun
 
 # The time-outs are those of a machine that has ten times as much to do as it can.
-pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 STEPS = 16
 SAVE_EVERY = 4

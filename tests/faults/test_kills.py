@@ -36,8 +36,6 @@ FIRST_SAVE, LATER_SAVE, SAVE_WITH_ROTATION = 1, 2, 3
 Kill = tuple[str, int | str, int]
 """Point, step of the save, rank."""
 
-pytestmark = pytest.mark.xdist_group("kills")
-
 
 @dataclass
 class Life:

@@ -100,7 +100,6 @@ def struck(tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path_fa
     return folder, torchrun([str(file)], 2, timeout=600, program=WORKER)
 
 
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("mode", MODES)
 def test_no_rank_steps(mode: str | None, struck: Any) -> None:
     folder, _ = struck
@@ -115,7 +114,6 @@ def test_no_rank_steps(mode: str | None, struck: Any) -> None:
             assert one[name] == pytest.approx(other[name], rel=0.1 if mode == "bfloat16" else 1e-4), name
 
 
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("mode", MODES)
 def test_the_samples_are_named(mode: str | None, struck: Any) -> None:
     folder, _ = struck
@@ -134,7 +132,6 @@ def test_the_samples_are_named(mode: str | None, struck: Any) -> None:
         }
 
 
-@pytest.mark.xdist_group("distributed")
 def test_too_many_end_the_run_on_all_ranks(struck: Any) -> None:
     folder, done = struck
     codes = re.findall(r"exitcode\s*: (-?\d+)", done.stderr)

@@ -121,7 +121,6 @@ def check_said(said: str, step: int) -> None:
         assert noise not in said, said[-4000:]
 
 
-@pytest.mark.xdist_group("distributed")
 def test_one_rank_is_told_and_all_save(start: Start) -> None:
     training = start()
     os.kill(training.ranks()[1], signal.SIGUSR1)
@@ -133,7 +132,6 @@ def test_one_rank_is_told_and_all_save(start: Start) -> None:
     assert training.torchrun.returncode == 1
 
 
-@pytest.mark.xdist_group("distributed")
 def test_everybody_is_told_at_once(start: Start) -> None:
     """Ranks, their loaders and decoders, and torchrun, which tells its ranks again."""
     training = start()

@@ -162,7 +162,6 @@ def test_objectives_budgets_and_kept_features(options: dict[str, Any], words_of:
     assert_same_run(tmp_path / "whole", output)
 
 
-@pytest.mark.xdist_group("distributed")
 def test_two_processes_and_another_number_of_them(
     words_of: Words, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -273,7 +272,6 @@ def test_another_base_is_refused_or_recorded(
     assert weights(output) != weights(whole / "run")
 
 
-@pytest.mark.xdist_group("distributed")
 def test_zero_2_goes_on_with_as_many_processes_and_refuses_others(words_of: Words, tmp_path: Path) -> None:
     """DeepSpeed's own refusal (read: ZeRORuntimeException in `engine.py`) comes when the weights are loaded."""
     options = {"deepspeed": "zero2", "train__steps": 4, "train__batch_size": 1, "train__save_every": MIDDLE}
