@@ -1,6 +1,8 @@
 # make uptrain   train, export and report the demo recipe (no GPU, no download of data or weights)
 # make test      the checks below, then the test suite
+# make faults    kills at every point and at 50 random times, in one process and in two (a quarter of an hour)
 # make test-gpu  what only a GPU can show
+# make fuzz      100,000 inputs made to break the parsers of rows, recipes, listings and shards (INPUTS=N for N)
 # make check     lint, format, types, import layers
 # make bench     speed and memory against the limit, small shapes on a CPU (15 minutes at most; docs/performance.md)
 # make bench-gpu the same with the shapes of real models on a GPU
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help uptrain bench bench-gpu proof test test-gpu check clean
+.PHONY: help uptrain bench bench-gpu proof test faults test-gpu fuzz check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -37,10 +39,16 @@ proof: $(STAMP)
 # One thread per worker: two workers with all cores each are slower than one. Without a GPU, so that runs in one process
 # and in several, which the tests compare, compute on the same kind of device.
 test: check
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+faults: $(STAMP)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults/test_kills.py -m "exhaustive or not exhaustive"
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest tests/gpu
+
+fuzz: $(STAMP)
+	EVS_TRAIN_FUZZ=$(or $(INPUTS),100000) $(BIN)/pytest tests/faults/test_fuzz.py --timeout=7200 --durations=0
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -63,8 +63,8 @@ def _table(title: str, section: Schema, keys: Schema, prefix: str) -> Iterator[s
 def _value(key: Schema) -> str:
     if "anyOf" in key:
         return " or ".join(_value(choice) for choice in key["anyOf"])
-    if "enum" in key:
-        return ", ".join(f"`{value}`" for value in key["enum"])
+    if "enum" in key or "const" in key:
+        return ", ".join(f"`{value}`" for value in key.get("enum", [key.get("const")]))
     if key.get("type") == "array":
         return f"list of {_value(key['items'])}"
     if key.get("type") == "object":

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evs_train.collate import PlannedItem
-from evs_train.config import Part, TrackingSection
+from evs_train.config import Part
+from evs_train.disk import replace_text, whole_lines
 from evs_train.models.base import Family
 from evs_train.models.tuning import recompute_only
 from evs_train.prune import EvsHook
+from evs_train.tracking import Tracker
 from evs_train.visualize import kept_figure, save_png
 
 
@@ -55,8 +54,8 @@ class RecomputeOnly(TrainerCallback):
 class JsonlCallback(TrainerCallback):
     """Appends every log to `path` as one JSON object with its step: the twin of what goes to W&B.
 
-    A resumed run goes on after its checkpoint: lines of later steps, which will be trained again, are dropped. JSON has
-    no NaN or infinity, so these are written as the strings "nan", "inf" and "-inf".
+    A resumed run goes on after its checkpoint: lines of later steps, which will be trained again, are dropped, and one
+    that a kill cut short. JSON has no NaN or infinity, so these are written as the strings "nan", "inf" and "-inf".
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,9 +65,8 @@ class JsonlCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            kept = [line for line in whole_lines(self.path) if json.loads(line)["step"] <= state.global_step]
+            replace_text(self.path, "".join(kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log after the last step whatever `log_every` is, or its steps would be missing from the totals."""
@@ -85,27 +83,26 @@ class JsonlCallback(TrainerCallback):
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-class RecipeToWandb(TrainerCallback):
-    """Puts the resolved recipe into the W&B run's config. Must come after transformers' own W&B callback."""
+class TrackingCallback(TrainerCallback):
+    """Passes every log on to W&B, under the names that it has in `metrics.jsonl`."""
 
-    def __init__(self, recipe: dict[str, Any]) -> None:
-        self.recipe = recipe
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if "wandb" in args.report_to and state.is_world_process_zero:
-            import wandb  # noqa: PLC0415 (imported late: only where it is used)
-
-            wandb.config.update({"recipe": self.recipe})
+        if state.is_world_process_zero and logs:
+            self.tracker.log(logs, state.global_step)
 
 
 class PictureCallback(TrainerCallback):
-    """Draws which patches EVS kept in the videos whose plan carries frames; to `folder`, and to W&B where it runs."""
+    """Draws which patches EVS kept in the videos whose plan carries frames; to `folder`, and to W&B."""
 
-    def __init__(self, hook: EvsHook, folder: Path) -> None:
+    def __init__(self, hook: EvsHook, folder: Path, tracker: Tracker) -> None:
         self.hook = hook
         self.folder = folder
+        self.tracker = tracker
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kept, self.hook.kept = self.hook.kept, []
@@ -116,10 +113,7 @@ class PictureCallback(TrainerCallback):
             path = self.folder / f"step{state.global_step:06d}_{number}.png"
             save_png(draw_kept(planned, selected), path)
             paths.append(path)
-        if "wandb" in args.report_to:
-            import wandb  # noqa: PLC0415 (imported late: only where it is used)
-
-            wandb.log({"evs/kept": [wandb.Image(str(path)) for path in paths]}, commit=False)
+        self.tracker.pictures("evs/kept", paths, state.global_step)
 
 
 def draw_kept(planned: PlannedItem, selected: torch.Tensor) -> Any:
@@ -135,23 +129,3 @@ def draw_kept(planned: PlannedItem, selected: torch.Tensor) -> Any:
         frames_per_unit=1,
         pruning_rate=planned.pruning_rate,
     )
-
-
-def prepare_wandb(tracking: TrackingSection, output_dir: str) -> None:
-    """Send W&B's files to the run's folder, and never prompt: without a key the run is offline."""
-    os.environ.setdefault("WANDB_PROJECT", tracking.project)
-    os.environ.setdefault("WANDB_DIR", output_dir)
-    if tracking.tags:
-        os.environ.setdefault("WANDB_TAGS", ",".join(tracking.tags))
-    if not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb()):
-        os.environ.setdefault("WANDB_MODE", "offline")
-
-
-def _netrc_has_wandb() -> bool:
-    """Whether `wandb login` left a key for the server in use."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from evs_train.check import PERCENTILES, Report
 from evs_train.console import parts_table
+from evs_train.redaction import redact
 
 SHOWN_REFUSED = 50
 SHOWN_PIECE = 2000
@@ -41,7 +42,7 @@ def show_report(report: Report, console: Console) -> None:
         "communication buffers, fragmentation.",
         highlight=False,
     )
-    console.print(f"{report.num_steps} steps of {report.step}. Index: {report.index}", soft_wrap=True)
+    console.print(f"{report.num_steps} steps of {report.step}. Index: {redact(report.index)}", soft_wrap=True)
     if report.usage is not None:
         usage = report.usage
         console.print(
@@ -110,6 +111,8 @@ def _show_refused(report: Report, console: Console) -> None:
     reasons = Counter(one.reason for one in report.refused).most_common()
     console.print(f"\n{len(report.refused)} rows are refused: {', '.join(f'{reason} {n}' for reason, n in reasons)}")
     for one in report.refused[:SHOWN_REFUSED]:
-        console.print(f"  {one.row}: {one.message} [{one.reason}]", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"  {redact(one.row)}: {redact(one.message)} [{one.reason}]", markup=False, highlight=False, soft_wrap=True
+        )
     if len(report.refused) > SHOWN_REFUSED:
         console.print(f"  ... and {len(report.refused) - SHOWN_REFUSED} more (all of them with --json)")

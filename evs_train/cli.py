@@ -14,9 +14,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from evs_train.errors import EvsTrainError, RecipeError, report
+from evs_train.errors import EvsTrainError, RecipeError, leave, report
 from evs_train.recipe import load_recipe
+from evs_train.redaction import redact
 
 
 def check(words: Sequence[str]) -> int:
@@ -44,7 +46,7 @@ def check(words: Sequence[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # nothing but the report goes to stdout
         found = check_run(Inputs(recipe, None if processes is None else int(processes), watched))
     if "--json" in flags:
-        print(json.dumps(found.as_json()))
+        print(json.dumps(redact(found.as_json())))
     else:
         show_report(found, Console())
     return 2 if found.refused and "--strict" in flags else 0
@@ -68,9 +70,9 @@ def export(words: Sequence[str]) -> int:
     except ValueError as error:
         raise RecipeError(f"rate must be a number in [0, 1), got '{arguments['rate']}'") from error
     done = export_run(arguments["run"], rate, arguments.get("out"))
-    print(f"exported {done.path} with video_pruning_rate {done.pruning_rate}")
+    print(f"exported {redact(str(done.path))} with video_pruning_rate {done.pruning_rate}")
     for line in done.serving:
-        print(f"\n# {line.engine} (reads: {line.reads}). {line.note}\n{line.command}")
+        print(f"\n# {line.engine} (reads: {line.reads}). {line.note}\n{redact(line.command)}")
     return 0
 
 
@@ -99,7 +101,7 @@ def inspect(words: Sequence[str]) -> int:
     model = load(asked)
     seen = observe(model, asked.video, rates_of(asked, model))
     write(seen, asked.out)
-    print("\n".join([f"wrote {asked.out}", *summary(seen)]))
+    print(redact("\n".join([f"wrote {asked.out}", *summary(seen)])))
     return 0
 
 
@@ -122,6 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[words[0]](words[1:])
     except EvsTrainError as error:
         return report(error)
+
+
+def program() -> NoReturn:
+    """The installed `evs-train`: run one command and end the process with its code."""
+    leave(main())
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:
@@ -148,4 +155,4 @@ def _check_keys(arguments: dict[str, str], required: Sequence[str], optional: Se
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -7,6 +7,7 @@ imported here. `recipe.py` reads recipes from YAML and reports what is wrong wit
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -155,6 +156,7 @@ class DataSection(Section):
         taken = [key for key in value if key in OWN_KWARGS]
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be set: evs_train passes it (frames are chosen by data.fps)")
+        json.dumps(value, allow_nan=False)  # raises ValueError; records are JSON
         return value
 
     @model_validator(mode="after")
@@ -290,9 +292,27 @@ class TrainSection(Section):
     )
     log_every: int = Field(10, ge=1, description="steps between logs")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; null: only at the end")
-    keep_checkpoints: int = Field(2, ge=2, description="1 is refused: the newest may be torn when a run is killed")
+    max_skipped_steps: int = Field(
+        10,
+        ge=0,
+        description="a step whose loss or gradient is not finite is not taken; the run ends when there were more than "
+        "this (reliability.md)",
+    )
+    keep_checkpoints: int = Field(2, ge=2, description="whole ones; 1 is refused: the newest may turn out damaged")
     pictures_every: int | None = Field(None, ge=1, description="steps between pictures of kept patches; null: none")
-    resume: bool = Field(False, description="continue from the newest checkpoint in output_dir")
+    resume: bool | Literal["auto"] = Field(
+        False,
+        description="go on from the newest whole checkpoint in output_dir; auto: start where there is no checkpoint, "
+        "so that the same command starts a run and goes on with it after a kill",
+    )
+    resume_allow: list[str] = Field(
+        [], description="keys or facts that a resumed run may change, such as [optim.lr] (reliability.md)"
+    )
+    timeout_minutes: float = Field(
+        60.0,
+        gt=0,
+        description="processes that wait so long for another one end the run: above the slowest save or read",
+    )
 
 
 class TrackingSection(Section):
@@ -302,6 +322,9 @@ class TrackingSection(Section):
     project: str = Field("evs-train", description="W&B project")
     name: str | None = Field(None, description="name of the run; default: the recipe's")
     tags: list[str] = Field([], description="W&B tags")
+    timeout: float = Field(
+        60.0, gt=0, description="seconds that W&B has to answer at the start, and at the end to send what is left"
+    )
 
 
 class EvalSection(Section):
@@ -361,6 +384,16 @@ class Recipe(Section):
             raise ValueError(
                 "data.cache_features needs a frozen vision tower: put vision into tuning.freeze (method full), or take "
                 "it out of tuning.lora.parts (method lora)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_hanging_file_costs_one_sample(self) -> Recipe:
+        hang, wait = self.data.decode_timeout, self.train.timeout_minutes
+        if hang is not None and 60 * wait <= 2 * hang:
+            raise ValueError(
+                f"train.timeout_minutes ({wait:g}) must be above twice data.decode_timeout ({hang:g} s): all processes "
+                "wait while one gives a hanging file up and reads another in its place"
             )
         return self
 

@@ -14,6 +14,7 @@ from evs_train.config import Recipe
 from evs_train.data.quarantine import QUARANTINE_FILE
 from evs_train.export import Export
 from evs_train.models.tuning import PartSize
+from evs_train.redaction import redact
 from evs_train.serving import caveat
 from evs_train.uptrain import Run, Summary
 
@@ -23,7 +24,7 @@ _PLANNED_BATCHES = 2
 def show_dry_run(run: Run, console: Console) -> None:
     """Print the resolved recipe, the trainable parameters, the rates and the plan of the first batches."""
     console.print(
-        yaml.safe_dump(run.recipe.model_dump(), sort_keys=False), markup=False, highlight=False, soft_wrap=True
+        yaml.safe_dump(redact(run.recipe.model_dump()), sort_keys=False), markup=False, highlight=False, soft_wrap=True
     )
     show_parts(run, run.part_sizes(), console)
     rates = samplers.describe(run.sampler)
@@ -36,7 +37,7 @@ def show_dry_run(run: Run, console: Console) -> None:
 def show_parts(run: Run, parts: Sequence[PartSize], console: Console) -> None:
     """Print what is read and trained, and what adapters do not reach."""
     for line in run.data.describe():
-        console.print(f"data: {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"data: {redact(line)}", markup=False, highlight=False, soft_wrap=True)
     console.print(parts_table(parts))
     tuning = run.recipe.tuning
     if run.family.lora_note and tuning.method == "lora" and "language_model" in tuning.lora.parts:
@@ -83,13 +84,13 @@ def show_summary(recipe: Recipe, summary: Summary, export: Export | None, consol
     table.add_row("tokens/s (after pruning)", f"{summary.tokens_per_second:,.0f}")
     if summary.quarantined:
         reasons = ", ".join(f"{reason} {count}" for reason, count in summary.quarantined.items())
-        table.add_row("bad samples replaced", f"{reasons}; see {recipe.output_dir}/{QUARANTINE_FILE}")
-    table.add_row("metrics", f"{recipe.output_dir}/metrics.jsonl")
+        table.add_row("bad samples replaced", redact(f"{reasons}; see {recipe.output_dir}/{QUARANTINE_FILE}"))
+    table.add_row("metrics", redact(f"{recipe.output_dir}/metrics.jsonl"))
     if export is not None:
-        table.add_row("exported", str(export.path))
+        table.add_row("exported", redact(str(export.path)))
     console.print(table)
     if export is not None:
         console.print(f"Serve it: {caveat(export.serving)}", markup=False, highlight=False, soft_wrap=True)
         for line in export.serving:
             console.print(f"\n# {line.engine} (reads: {line.reads}) {line.note}", markup=False, highlight=False)
-            console.print(line.command, markup=False, highlight=False, soft_wrap=True)
+            console.print(redact(line.command), markup=False, highlight=False, soft_wrap=True)

@@ -35,6 +35,7 @@ from evs_train.data.features import PIECES, FeatureStore, Piece, Stored
 from evs_train.errors import RecipeError
 from evs_train.models.base import Encoding, Family, Features
 from evs_train.models.tuning import part_of
+from evs_train.redaction import redact
 
 COUNTS = ("hits", "misses", "bytes_read", "bytes_written", "not_written")
 _PACKAGES = ("evs-train", "torch", "torchvision", "transformers", "decord2", "av", "pillow")
@@ -162,7 +163,9 @@ class Writer:
 
     def _stop(self, why: str) -> None:
         self._stopped = True
-        _log.warning("data.cache_features: %s %s. What is not in it is computed each time.", self.store.path, why)
+        _log.warning(
+            "data.cache_features: %s %s. What is not in it is computed each time.", redact(str(self.store.path)), why
+        )
 
 
 def _to_host(outputs: list[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:

@@ -7,8 +7,24 @@ Anything else that escapes is a defect of this package and keeps its traceback.
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
-from typing import Literal
+from typing import Literal, NoReturn
+
+from evs_train.redaction import redact
+
+EXIT_CODES = {
+    0: "Done: trained, and exported if the recipe says so.",
+    1: "A defect of this package, with a traceback. `torchrun` itself always leaves with 1 when a process failed.",
+    2: "Something you gave is wrong: a recipe, row, media file or checkpoint. One line says what, and what to do.",
+    3: "Too many samples are bad. The line has their number by reason, and where they are listed.",
+    5: "Too many steps had a loss or gradient that is not finite. The line names samples, and where they are listed.",
+    75: "Told to end by SIGTERM or SIGUSR1: a checkpoint is saved. Start it again with `train.resume=true`.",
+    138: "Ended at once by a further SIGUSR1 (128 + 10), without saving.",
+    143: "Ended at once by a further SIGTERM (128 + 15), without saving.",
+}
+"""All codes with which a program of this package leaves; docs/reliability.md shows this table."""
 
 
 class EvsTrainError(Exception):
@@ -64,17 +80,50 @@ class BudgetError(EvsTrainError):
     exit_code = 3
 
 
+class NotFiniteError(EvsTrainError):
+    """More steps than `train.max_skipped_steps` had a loss or gradient that is NaN or infinite."""
+
+    exit_code = 5
+
+
+class PreemptedError(EvsTrainError):
+    """The run was told to end, and has saved. Not a fault: 75 is EX_TEMPFAIL, "try again" (sysexits.h)."""
+
+    exit_code = 75
+
+
 class ModelError(EvsTrainError):
     """A checkpoint cannot be used: unsupported architecture, missing files, tensor names that differ."""
+
+
+class StorageError(EvsTrainError):
+    """A run's files cannot be written: the disk is full, or refuses."""
 
 
 class ServerError(EvsTrainError):
     """A model server cannot be reached, refuses a request, or answers in another form than OpenAI's."""
 
 
+ON_ALL_RANKS = (BudgetError, NotFiniteError, PreemptedError)
+"""What ends a training on every rank in the same step; the others may be met by one rank alone."""
+
+
 def report(error: EvsTrainError) -> int:
     """Print `error` for a person on stderr and return the exit code of the process."""
-    print(f"error: {error.message}", file=sys.stderr)
+    print(f"error: {redact(error.message)}", file=sys.stderr)
     if error.hint:
-        print(f"  hint: {error.hint}", file=sys.stderr)
+        print(f"  hint: {redact(error.hint)}", file=sys.stderr)
     return error.exit_code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code` when its work is done, whatever its libraries' threads do meanwhile.
+
+    What was registered to run at exit runs. Taking the interpreter and its libraries apart is left out: a thread of
+    C++ that then wants the interpreter, or outlives the object it belongs to, aborts the process (SIGABRT, "terminate
+    called without an active exception"), and a run that is done would count as failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

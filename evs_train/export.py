@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from evs_train.checkpoint import EXPORT_RECORD, RECORD_FILE, read_record
-from evs_train.config import ModelSection, Recipe
+from evs_train.config import Recipe
 from evs_train.errors import ModelError, RecipeError
+from evs_train.models.base_files import BESIDE_WEIGHTS, base_folder
 from evs_train.models.loading import adapter_of, load_config, load_weights
 from evs_train.recipe import parse_recipe
+from evs_train.redaction import redact
 from evs_train.serving import ServingLine, caveat, launch_lines
 
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
 _NAMES_SHOWN = 10
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by their names in safetensors
 
@@ -72,7 +72,7 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
     if destination.exists() and not (destination / EXPORT_RECORD).is_file():
         raise ModelError(f"{destination} exists and is not an export", "name another folder with out=DIR")
 
-    base = _base_folder(recipe.model, record["base_commit"])
+    base = base_folder(recipe.model, record["base_commit"])
     model = _trained_model(recipe, run / "final", base)
     staging = destination.with_name(destination.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
@@ -83,9 +83,9 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
     _copy_files(base, staging)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     _write_json(staging / "config.json", {**config, "video_pruning_rate": rate})
-    _write_json(staging / EXPORT_RECORD, {**record, "video_pruning_rate": rate})
+    _write_json(staging / EXPORT_RECORD, redact({**record, "video_pruning_rate": rate}))
     serving = launch_lines(model.config.model_type, str(destination), rate)
-    (staging / "README.md").write_text(_model_card(recipe, record, rate, serving), encoding="utf-8")
+    (staging / "README.md").write_text(redact(_model_card(recipe, record, rate, serving)), encoding="utf-8")
     if destination.exists():
         shutil.rmtree(destination)
     staging.rename(destination)
@@ -99,14 +99,6 @@ def tensor_names(folder: Path) -> dict[str, Path]:
         with safe_open(file, framework="pt") as tensors:
             names |= dict.fromkeys(tensors.keys(), file)
     return names
-
-
-def _base_folder(model: ModelSection, commit: str | None) -> Path:
-    """Folder of the base checkpoint; for a hub name, the cached copy of the commit that training loaded."""
-    if Path(model.path).is_dir():
-        return Path(model.path)
-    patterns = ["*.safetensors", *_COPIED]
-    return Path(snapshot_download(model.path, revision=commit or model.revision, allow_patterns=patterns))
 
 
 def _trained_model(recipe: Recipe, final: Path, base: Path) -> PreTrainedModel:
@@ -194,7 +186,7 @@ def _tensor(file: Path, name: str) -> torch.Tensor:
 
 
 def _copy_files(base: Path, staging: Path) -> None:
-    for pattern in _COPIED:
+    for pattern in BESIDE_WEIGHTS:
         for file in base.glob(pattern):
             if not file.name.endswith(".index.json"):
                 shutil.copyfile(file, staging / file.name)

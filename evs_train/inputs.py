@@ -8,7 +8,6 @@ tokens, rows that were never planned are (`data/lengths.py`).
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -40,6 +39,7 @@ from evs_train.models.tiny import build_tiny
 from evs_train.models.tuning import PartSize, apply_tuning, part_sizes
 from evs_train.objectives import further_rates
 from evs_train.rates import Rates
+from evs_train.strict import read_json
 
 DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
 _PICTURES_PER_STEP = 4
@@ -204,7 +204,7 @@ def deepspeed_file(name: str) -> Path:
             f"deepspeed: there is no configuration '{name}'", f"shipped: {shipped}; or the path of a JSON file"
         )
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        read_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"deepspeed: {path} is not valid JSON: {error}") from error
     return path

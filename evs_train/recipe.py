@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from evs_train.config import PARTS, Recipe
 from evs_train.errors import RecipeError
+from evs_train.strict import check_yaml
 
 RECIPES_DIR = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -111,11 +112,15 @@ def _recipe_path(name: str) -> Path:
 def parse_yaml(text: str, source: str) -> Any:
     """YAML as recipes are written in it; `source` names it in errors (`RecipeError`)."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        check_yaml(value)
+        return value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" at line {mark.line + 1} column {mark.column + 1}" if mark is not None else ""
         raise RecipeError(f"{source} is not valid YAML: {error.problem}{place}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{source} is not valid YAML: nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -136,6 +141,10 @@ def _override(raw: dict[str, Any], dotted: str, value: Any) -> None:
 def _describe_fault(fault: Any) -> str:
     """One line for a person: the dotted key, what is wrong, and the nearest key for a misspelt one."""
     location = [str(part) for part in fault["loc"]]
+    if location and re.fullmatch(
+        r"bool|(?:list|literal)\[.*", location[-1]
+    ):  # pydantic's name of one of the types a key may have
+        location.pop()
     known: list[str] | None = None
     if fault["type"] == "extra_forbidden":
         known = _keys_at(location[:-1])

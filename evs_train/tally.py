@@ -106,6 +106,27 @@ class Tally:
             self._losses = torch.zeros(_NUM_BUCKETS + len(self._names), device=device, dtype=torch.float64)
         return self._losses
 
+    def state(self) -> tuple[dict[str, float], list[float], Tensor | None]:
+        """What was counted since the last `collect`, for `restore`."""
+        return dict(self._counts), list(self._bucket_tokens), None if self._losses is None else self._losses.clone()
+
+    def restore(self, state: tuple[dict[str, float], list[float], Tensor | None]) -> None:
+        """Take back what was counted since `state`."""
+        self._counts, self._bucket_tokens, self._losses = state
+
+    def sums(self) -> list[float]:
+        """What was counted since the last `collect`, as numbers that `add_sums` takes. Waits for the device."""
+        losses = [0.0] * (_NUM_BUCKETS + len(self._names)) if self._losses is None else self._losses.tolist()
+        return [*self._counts.values(), *self._bucket_tokens, *losses]
+
+    def add_sums(self, sums: Sequence[float], device: torch.device) -> None:
+        """Count what `sums` says in addition."""
+        for name, value in zip(_COUNTS, sums, strict=False):
+            self._counts[name] += value
+        rest = sums[len(_COUNTS) :]
+        self._bucket_tokens = [a + b for a, b in zip(self._bucket_tokens, rest, strict=False)]
+        self._sums(device).add_(torch.tensor(rest[_NUM_BUCKETS:], dtype=torch.float64, device=device))
+
     def collect(self, reduce: Any, device: torch.device) -> dict[str, float]:
         """Counts and mean losses since the last call, summed over ranks by `reduce(tensor)`."""
         counts = torch.tensor([*self._counts.values(), *self._bucket_tokens], dtype=torch.float64)

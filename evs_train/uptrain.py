@@ -8,15 +8,19 @@ checkpoints and `final/`. `export.py` makes a servable checkpoint of it.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
@@ -28,11 +32,11 @@ from evs_train.callbacks import (
     JsonlCallback,
     PictureCallback,
     ProgressLine,
-    RecipeToWandb,
     RecomputeOnly,
-    prepare_wandb,
+    TrackingCallback,
 )
-from evs_train.checkpoint import checkpoint_to_resume, set_aside, write_record
+from evs_train.checkpoint import RECORD_FILE, checkpoint_to_resume, resumptions, set_aside, write_record
+from evs_train.commit import Checkpoints, Ranks
 from evs_train.config import Recipe
 from evs_train.data import manifest
 from evs_train.data.lengths import Progress, unwatched
@@ -40,10 +44,15 @@ from evs_train.data.quarantine import QUARANTINE_FILE, Quarantine
 from evs_train.encoder_cache import EncoderCache, open_store
 from evs_train.errors import RecipeError
 from evs_train.evaluate.live import LiveCurve, questions_of
+from evs_train.finite import NOT_FINITE_FILE, FiniteGuard
 from evs_train.inputs import Inputs, deepspeed_file
+from evs_train.memory import checkpoint_bytes
+from evs_train.models.base_files import base_folder, commit_of, fingerprints
 from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
+from evs_train.processes import connect_on_cpu, share_folder, wait_at_most
 from evs_train.prune import EvsHook
+from evs_train.tracking import Tracker
 from evs_train.trainer import UptrainTrainer
 
 DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
@@ -75,6 +84,7 @@ class Run(Inputs):
     def __init__(self, recipe: Recipe, world_size: int | None = None, watched: Progress = unwatched) -> None:
         super().__init__(recipe, world_size, watched)
         self.questions = questions_of(recipe)
+        self.tracker = Tracker(recipe.tracking, recipe.recipe, Path(recipe.output_dir))
 
     def load_model(self) -> nn.Module:
         """The model as it will be trained: weights loaded, parts frozen, adapters added."""
@@ -92,12 +102,9 @@ class Run(Inputs):
     def train(self, report_parts: Callable[[list[PartSize]], None] = lambda parts: None) -> Summary:
         """Train and save to `output_dir/final`; every process must call it."""
         recipe = self.recipe
-        output = Path(recipe.output_dir)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecipeError(f"output_dir: {output} cannot be made: {error.strerror}") from error
-        checkpoint = checkpoint_to_resume(output, self._record()) if recipe.train.resume else None
+        output, minutes = Path(recipe.output_dir), recipe.train.timeout_minutes
+        if not torch.cuda.is_available():
+            connect_on_cpu(minutes)
         args = self._training_arguments()
         if args.n_gpu > 1:
             raise RecipeError(
@@ -109,34 +116,58 @@ class Run(Inputs):
 
             # On a CPU it would compile collectives over shared memory first: a minute, and a compiler. gloo has them.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+            deepspeed.comm.init_distributed(
+                dist_backend=torch.distributed.get_backend(), verbose=False, timeout=args.ddp_timeout_delta
+            )
+            deepspeed.utils.groups._get_data_parallel_group()  # made now, or it would not have our time-out
+        wait_at_most(minutes)
+        share_folder(output)
+        resume = recipe.train.resume
+        record = self._record()
+        checkpoint = checkpoint_to_resume(self.checkpoints, record, auto=resume == "auto") if resume else None
         if args.world_size > 1:
-            self._agree()
+            self._agree()  # behind it, the first process may change what the others have read
         trainer = self.build_trainer(args)
+        self._require_space(trainer, checkpoint)
         if trainer.pop_callback(ProgressCallback):
             trainer.add_callback(ProgressLine)
         if trainer.is_world_process_zero():
             report_parts(part_sizes(trainer.model, self.family))
+            self.checkpoints.clean()
             if checkpoint is None:
                 set_aside(output)
-            write_record(output, self._record())
-        trainer.train(resume_from_checkpoint=checkpoint)
+            else:
+                record["resumed"] = resumptions(output, record, checkpoint)
+            write_record(output, record)
+        first = trainer.is_world_process_zero()
+        tracked = self.tracker.running(output / RECORD_FILE, resumed=checkpoint is not None) if first else nullcontext()
+        with tracked:
+            trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.hook.cache is not None:
             trainer.hook.cache.writer.close()
-        trainer.save_model(str(output / "final"))
+        step = trainer.state.global_step
+        self.checkpoints.save("final", step, lambda staging: trainer.save_model(str(staging / "final")))
         unset_hf_deepspeed_config()  # or the model that the export loads would be partitioned, too
         total = trainer.tally.total
+        # Without a step left to do there are only the losses that the checkpoint remembers.
+        losses = trainer.losses or [line["loss"] for line in trainer.state.log_history if "loss" in line]
         return Summary(
-            steps=trainer.state.global_step,
-            first_loss=trainer.losses[0],
-            last_loss=trainer.losses[-1],
-            mean_rate=total["rate"] / total["rows"],
+            steps=step,
+            first_loss=losses[0],
+            last_loss=losses[-1],
+            mean_rate=total["rate"] / max(total["rows"], 1),
             video_tokens_before=int(total["video_tokens_before"]),
             video_tokens_after=int(total["video_tokens_after"]),
-            tokens_per_second=total["tokens"] / trainer.seconds,
+            tokens_per_second=total["tokens"] / max(trainer.seconds, 1e-9),
             seconds=trainer.seconds,
             quarantined=dict(trainer.quarantine.reasons.most_common()),
         )
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Those in `output_dir`, of the processes that the training arguments made known."""
+        state = PartialState()
+        return Checkpoints(Path(self.recipe.output_dir), Ranks(state.process_index, state.num_processes, gather_object))
 
     def _agree(self) -> None:
         """All processes read the same rows by the same plan, or they would wait for one another for ever.
@@ -152,9 +183,22 @@ class Run(Inputs):
                 "all must see the same files; evs-train check writes an index that all of them then read",
             )
 
+    def _require_space(self, trainer: UptrainTrainer, checkpoint: str | None) -> None:
+        """Refuse to train when the disk cannot hold the checkpoints that are there at once, or the final weights."""
+        train, num_steps = self.recipe.train, self.schedule.num_steps
+        weights, whole = checkpoint_bytes(trainer.model, deepspeed=self.recipe.deepspeed is not None)
+        done = 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
+        saves = 0 if train.save_every is None else math.ceil(num_steps / train.save_every) - done // train.save_every
+        # One more than is kept is there before the oldest goes. A run that goes on has the others already.
+        count = min(saves, train.keep_checkpoints + 1 if checkpoint is None else 1)
+        self.checkpoints.require_space(
+            max(count * whole, weights), f"what this run saves ({count} checkpoints at once)"
+        )
+
     def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
         """The model with its hook in the trainer that will train it."""
         recipe, output = self.recipe, Path(self.recipe.output_dir)
+        args = self._training_arguments() if args is None else args
         model = self.load_model()
         plain: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         hook = EvsHook(
@@ -180,30 +224,34 @@ class Run(Inputs):
             optim=recipe.optim,
             objective=recipe.objective,
             quarantine=Quarantine(output / QUARANTINE_FILE, recipe.data, self.schedule.draws_before),
-            args=self._training_arguments() if args is None else args,
+            checkpoints=self.checkpoints,
+            keep_checkpoints=recipe.train.keep_checkpoints,
+            finite=FiniteGuard(output / NOT_FINITE_FILE, recipe.train.max_skipped_steps),
+            args=args,
             model=model,
             data_collator=self.collator,
             train_dataset=self.stream,
             callbacks=[
                 JsonlCallback(output / "metrics.jsonl"),
-                PictureCallback(hook, output / "pictures"),
-                RecipeToWandb(recipe.model_dump()),
+                PictureCallback(hook, output / "pictures", self.tracker),
+                TrackingCallback(self.tracker),
             ],
         )
         if isinstance(recipe.train.gradient_checkpointing, list):
             trainer.add_callback(RecomputeOnly(self.family, recipe.train.gradient_checkpointing))
         if self.questions:
-            trainer.add_callback(LiveCurve(recipe, self.family, self.questions, trainer.log, hook.autocast))
+            trainer.add_callback(
+                LiveCurve(
+                    recipe, self.family, self.questions, trainer.log, autocast=hook.autocast, tracker=self.tracker
+                )
+            )
         return trainer
 
     def _training_arguments(self) -> TrainingArguments:
         recipe, train, optim = self.recipe, self.recipe.train, self.recipe.optim
         on_cpu = not torch.cuda.is_available()
-        if recipe.tracking.wandb:
-            prepare_wandb(recipe.tracking, recipe.output_dir)
         return TrainingArguments(
             output_dir=recipe.output_dir,
-            run_name=recipe.tracking.name or recipe.recipe,
             seed=recipe.seed,
             max_steps=self.schedule.num_steps,
             per_device_train_batch_size=train.batch_size,
@@ -224,6 +272,7 @@ class Run(Inputs):
             deepspeed=None if recipe.deepspeed is None else str(deepspeed_file(recipe.deepspeed)),
             dataloader_num_workers=recipe.data.num_workers,
             dataloader_pin_memory=not on_cpu,
+            ddp_timeout=math.ceil(60 * train.timeout_minutes),
             ddp_find_unused_parameters=False,  # the hook gives every trained parameter a gradient in every step
             remove_unused_columns=False,
             logging_steps=train.log_every,
@@ -231,12 +280,17 @@ class Run(Inputs):
             logging_nan_inf_filter=False,  # it would hide a NaN while the optimizer still steps
             save_strategy="no" if train.save_every is None else "steps",
             save_steps=train.save_every or 0.5,
-            save_total_limit=train.keep_checkpoints,
-            report_to=["wandb"] if recipe.tracking.wandb else [],
+            report_to=[],  # `tracking.py` speaks to W&B, so that it can neither stop nor slow the run
         )
 
     def _record(self) -> dict[str, Any]:
+        """What the run is. A resumed one compares with it: a new fact needs its place in `resume.py`."""
         recipe = self.recipe
+        folder = base_folder(recipe.model)
+        deepspeed = None
+        if recipe.deepspeed is not None:
+            deepspeed = json.loads(deepspeed_file(recipe.deepspeed).read_text(encoding="utf-8"))
+        lora = recipe.tuning.lora if recipe.tuning.method == "lora" else None
         return {
             "recipe": recipe.model_dump(),
             "seed": recipe.seed,
@@ -246,7 +300,14 @@ class Run(Inputs):
             "data_fingerprint": manifest.fingerprint(self.samples, self.data.shares),
             "data_sources": self.data.describe(),
             "base_model": recipe.model.path,
-            "base_commit": getattr(self.family.config, "_commit_hash", None),
+            "base_commit": commit_of(recipe.model, folder),
+            "base_files": fingerprints(folder),
+            "lora_targets": None if lora is None else list(lora.targets or self.family.lora_targets),
+            "cached_features": recipe.data.cache_features is not None,
+            "deepspeed_config": deepspeed,
+            "zero_stage": None if deepspeed is None else deepspeed.get("zero_optimization", {}).get("stage", 0),
+            "zero_shards": None if deepspeed is None else self.world_size,
+            "processes": self.world_size,
             "evs": recipe.evs.model_dump(),
             "objective": recipe.objective.model_dump(),
             "pruning_rates": samplers.describe(self.sampler),

@@ -1,15 +1,15 @@
 """Entry of a training run: `torchrun --nproc_per_node N launch/uptrain.py recipe=NAME key.sub=value ...`.
 
-Leaves with 0 when the run is done and exported, with 2 when something the user gave is wrong, and with 3 when too many
-samples are bad; one line says what.
+Leaves with 0 when the run is done and exported, otherwise with another code of `EXIT_CODES`; one line says what.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
-from evs_train.errors import BudgetError, EvsTrainError, report
+from evs_train.errors import ON_ALL_RANKS, EvsTrainError, leave, report
 from evs_train.recipe import load_recipe
 
 
@@ -38,11 +38,11 @@ def main(arguments: list[str]) -> int:
         summary = run.train(lambda parts: show.show_parts(run, parts, console))
         leave_process_group()
         if not first:
-            sys.stdout.flush()
-            os._exit(0)  # threads of the process group may outlive it and abort the interpreter, and with it the others
+            return 0
         export = export_run(recipe.output_dir) if recipe.export.enabled else None
         show.show_summary(recipe, summary, export, console)
-    except BudgetError as error:  # in the same step on every process
+    except ON_ALL_RANKS as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the others as soon as one is gone
         if first:
             report(error)
         leave_process_group(together=True)
@@ -53,4 +53,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

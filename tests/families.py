@@ -31,7 +31,7 @@ COLUMNS = (
 HEAD = """\
 # Families and what was shown of them
 
-Written by `pytest -n 2 --dist loadgroup -m capability --write-families`; the test suite fails when it sees anything
+Written by `pytest -n 2 -m capability --write-families`; the test suite fails when it sees anything
 else. A cell stands here because a test of this family passed, on its tiny checkpoint, in float32, on a CPU; an empty
 cell was not shown. [serving.md](serving.md) says which engines prune for a family.
 
@@ -118,5 +118,5 @@ class _Collector:
             reporter = self.config.pluginmanager.get_plugin("terminalreporter")
             if reporter is not None:
                 reporter.write_line("docs/families.md is not what this run showed; write it anew with:", red=True)
-                reporter.write_line("  pytest -n 2 --dist loadgroup -m capability --write-families", red=True)
+                reporter.write_line("  pytest -n 2 -m capability --write-families", red=True)
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -71,6 +71,13 @@ def test_unknown_key_names_the_nearest_at_every_depth(override: str, message: st
     assert faults(override) == [message]
 
 
+def test_a_key_of_two_types_is_named_without_them() -> None:
+    assert faults("train.resume=1") == [
+        "train.resume: must be a valid boolean, got 1",
+        "train.resume: must be 'auto', got 1",
+    ]
+
+
 def test_all_faults_come_at_once() -> None:
     found = faults("evs.rats=1", "train.steps=0", "optim.lr=fast", "tuning.lora.q=1", "model.dtype=fp16", "sede=1")
     assert sorted(line.split(":")[0] for line in found) == [
@@ -90,7 +97,7 @@ def test_all_faults_come_at_once() -> None:
         ("train.steps=true", "train.steps: must be a valid integer, got True"),
         ("train.steps=3.0", "train.steps: must be a valid integer, got 3.0"),
         ("optim.lr='1e-5'", "optim.lr: must be a valid number, got '1e-5'"),
-        ("train.resume=1", "train.resume: must be a valid boolean, got 1"),
+        ("tracking.wandb=1", "tracking.wandb: must be a valid boolean, got 1"),
         ("tracking.name=3", "tracking.name: must be a valid string, got 3"),
         ("tuning.freeze=vision", "tuning.freeze: must be a valid list, got 'vision'"),
         ("tuning.freeze=[visoin]", "tuning.freeze.0: must be 'vision', 'projector' or 'language_model', got 'visoin'"),
@@ -198,6 +205,13 @@ def test_fps_gives_way_to_num_frames() -> None:
 )
 def test_bad_sampler_is_one_fault_with_its_key(rate: str, message: str) -> None:
     assert faults(f"evs.rate={rate}") == [message]
+
+
+def test_processes_wait_longer_than_a_file_may_hang() -> None:
+    (line,) = faults("train.timeout_minutes=2", "data.decode_timeout=60")
+    assert "train.timeout_minutes (2) must be above twice data.decode_timeout (60 s)" in line
+    for words in (("train.timeout_minutes=2.1",), ("train.timeout_minutes=0.1", "data.decode_timeout=null")):
+        load_recipe(["recipe=tiny", *words])
 
 
 @pytest.mark.parametrize("missing", ["model", "data", "output_dir"])

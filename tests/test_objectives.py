@@ -155,7 +155,7 @@ def test_gradient_checkpointing_and_adapters_with_dropout(
 
 def test_resuming_with_another_objective_is_refused(train: Callable[..., list[dict[str, Any]]]) -> None:
     train("run", train__save_every=1, objective=TEACHER)
-    with pytest.raises(RecipeError, match=re.escape("objective (was {'kind': 'teacher'")):
+    with pytest.raises(RecipeError, match=re.escape("objective.kind (was teacher, is sandwich)")):
         train("run", train__save_every=1, train__resume=True, objective=SANDWICH)
 
 

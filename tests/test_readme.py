@@ -65,11 +65,12 @@ def test_laptop_commands_train_prune_export_and_answer(tmp_path: Path) -> None:
 
 
 def test_every_training_command_is_a_valid_recipe() -> None:
-    trainings = [line for line in commands(README) if "launch/uptrain.py" in line]
+    programs = ("launch/uptrain.py", "launch/multinode.sh")
+    trainings = [(line, program) for line in commands(README) for program in programs if program in line]
     assert len(trainings) >= 4
-    for line in trainings:
+    for line, program in trainings:
         words = shlex.split(line)
-        load_recipe(words[words.index("launch/uptrain.py") + 1 :])
+        load_recipe(words[words.index(program) + 1 :])
 
 
 def test_every_sampler_shown_can_be_built() -> None:

@@ -101,7 +101,6 @@ def test_real_recipe_takes_a_step(
 
 
 @pytest.mark.parametrize("recipe", TWO_PROCESSES)
-@pytest.mark.xdist_group("distributed")
 def test_real_recipe_runs_on_two_cpu_processes(
     recipe: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:

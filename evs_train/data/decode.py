@@ -9,7 +9,7 @@ that was cut off (its header does not tell the length of the video alone), and a
 
 Cost: the check is one more decode of the file, once per file and process (remembered by path, size and change time);
 10 s of 480x270 H.264 take about 0.06 s of one core for each of the two. A file that decord is known to read rightly
-(`suits_decord`, from the index) is not looked through at all. A member of a shard is read into memory.
+(`suits_decord`, from the index) is opened, but not looked through. A member of a shard is read into memory.
 """
 
 from __future__ import annotations
@@ -55,10 +55,6 @@ class Examined(NamedTuple):
     rotation: int | None = None
 
 
-_SUITS_DECORD = Examined(None, None, is_closed=True)
-"""Stands for a look through a file that decord is known to read rightly."""
-
-
 class _UnsuitedError(Exception):
     """decord cannot read a file, which says nothing of the file yet."""
 
@@ -82,7 +78,7 @@ def read_video(
         )
     file = locate(source, "video")
     trusted = suits_decord and not verify and decoding.backend != "pyav"
-    examined = _SUITS_DECORD if trusted else _examined(file, verify, decoding, sink)
+    examined = _suiting_decord(file) if trusted else _examined(file, verify, decoding, sink)
     decoded = _by_either(file, sampling, examined, decoding, sink)
     return replace(decoded, codec=examined.codec, rotation=examined.rotation)
 
@@ -153,6 +149,20 @@ def _rgb(raw: Pixels) -> Pixels:
     """
     height, width = raw.shape[:2]
     return np.ascontiguousarray(raw.reshape(height, -1)[:, : 3 * width]).reshape(height, width, 3)
+
+
+@lru_cache(maxsize=1 << 16)
+def _suiting_decord(file: MediaFile) -> Examined:
+    """Stands for a look through a file that decord is known to read rightly.
+
+    It is opened all the same, since decord opens whatever FFmpeg can, and the index that vouches for it may have come
+    with the data. Raises MediaError.
+    """
+    try:
+        with open_video(file):
+            return Examined(None, None, is_closed=True)
+    except DECODE_ERRORS as error:
+        raise failure(file, 0, error) from error
 
 
 @lru_cache(maxsize=1 << 16)

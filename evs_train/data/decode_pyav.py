@@ -25,6 +25,15 @@ from evs_train.data.sampling import FrameSampling, sample_indices
 from evs_train.errors import MediaError
 
 DECODE_ERRORS = (av.FFmpegError, ValueError)
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "mpegvideo", "m4v",
+    "h264", "hevc", "vvc", "av1", "obu", "ivf", "vc1", "dv", "gif", "apng", "mxf", "nut", "rm", "swf", "wtv",
+    "yuv4mpegpipe", "mp3", "wav", "flac", "aac", "image2", "tty", "bmp_pipe", "gif_pipe", "jpeg_pipe", "png_pipe",
+    "webp_pipe",
+)  # fmt: skip
+"""FFmpeg's names of the formats that are opened: such as keep all in one file. Playlists (HLS, DASH, concat, IMF) and
+session descriptions (SDP, RTSP) are not among them: they make FFmpeg open other files and connections. Sound and
+pictures are, to be told for what they are."""
 NO_VIDEOS = ("image2", "tty")
 """Formats of FFmpeg that make a video of a picture, or of text; so do those called `..._pipe`."""
 
@@ -42,8 +51,17 @@ class _Packet(NamedTuple):
 
 
 def open_video(file: MediaFile) -> av.container.InputContainer:
-    """Open a file; strange letters in its title do no harm."""
-    return av.open(file.for_decoder(), metadata_errors="replace")
+    """Open a file; strange letters in its title do no harm.
+
+    Raises:
+        MediaError: what is in it is none of `FORMATS`, whatever its name says.
+    """
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
+    try:
+        return av.open(file.for_decoder(), metadata_errors="replace", options=options)
+    except av.ArgumentError as error:  # of the whitelist
+        message = f"{file.name}: cannot be decoded: of a format that is not read, such as a playlist"
+        raise MediaError(message, REENCODE, "not a video") from error
 
 
 def video_stream(container: av.container.InputContainer, file: MediaFile) -> av.VideoStream:

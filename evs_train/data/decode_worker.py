@@ -176,7 +176,8 @@ def _exactly(requests: BinaryIO, size: int) -> bytes:
 def main() -> None:
     """Watch the parent, then serve it."""
     descriptor, parent = map(int, sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the parent, which ends this process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # it is for the parent, which ends this process
     if parent:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it was gone before the call

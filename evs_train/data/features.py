@@ -36,6 +36,7 @@ from evs_train.data.index import Facts, key_of, state_of
 from evs_train.data.manifest import Sample
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.video import absolute
+from evs_train.redaction import redact
 
 Keys = dict[Kind, list[str]]
 """Names of the entries of a row's media, by kind and in reading order."""
@@ -138,7 +139,7 @@ class FeatureStore:
             return None
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             reason = str(error)
-        _log.warning("%s is removed and computed again: %s", path, reason)
+        _log.warning("%s is removed and computed again: %s", redact(str(path)), redact(reason))
         with contextlib.suppress(OSError), self._locked():
             size = path.stat().st_size
             path.unlink()

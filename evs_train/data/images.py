@@ -22,6 +22,8 @@ from evs_train.data.sources import TarMember
 from evs_train.errors import MediaError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+"""PIL's names of the formats that are opened, whatever a file's name says; for EPS it would start Ghostscript."""
 REPLACE = "replace the file, or remove its rows"
 
 Image.MAX_IMAGE_PIXELS = None  # `check_pixels` judges, by the recipe
@@ -123,7 +125,7 @@ def _differing(path: str, size: Sequence[int], first: Sequence[int]) -> MediaErr
 def _opened(file: MediaFile, decoding: Decoding) -> Image.Image:
     """An image whose header is read; closing it closes the file."""
     try:
-        image = Image.open(file.for_decoder())
+        image = Image.open(file.for_decoder(), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise MediaError(f"{file.name}: cannot be decoded: no known image", REPLACE, "not an image") from error
     except (OSError, SyntaxError, ValueError) as error:

@@ -36,6 +36,7 @@ from evs_train.data.sampling import FrameSampling
 from evs_train.data.sources import FrameList, Source, TarMember, name_of
 from evs_train.data.video import Clip, read_image, read_video
 from evs_train.errors import DataError, MediaError, Reason
+from evs_train.redaction import redact, restore
 
 VERSION = "2"
 PASSING: frozenset[Reason] = frozenset({"missing", "no permission", "timeout", "crash", "out of memory"})
@@ -150,11 +151,12 @@ class MediaIndex:
             ) from error
         if (table.schema.metadata or {}).get(b"evs_index") != VERSION.encode():
             return cls()
-        return cls({row.pop("key"): _entry(row) for batch in table.to_batches(1024) for row in batch.to_pylist()})
+        rows = (restore(row) for batch in table.to_batches(1024) for row in batch.to_pylist())
+        return cls({row.pop("key"): _entry(row) for row in rows})
 
     def write(self, path: Path) -> None:
         """Replace the file. Raises OSError."""
-        rows = [{"key": key, **_row(entry)} for key, entry in self.entries.items()]
+        rows = [redact({"key": key, **_row(entry)}) for key, entry in self.entries.items()]
         replace_table(path, pyarrow.Table.from_pylist(rows, schema=_SCHEMA))
 
 

@@ -44,6 +44,7 @@ from evs_train.data.rows import RowReader
 from evs_train.data.sources import Source, name_of
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import DataError, Reason
+from evs_train.redaction import redact, restore
 
 SHARE_STEP = 0.75
 """Each level of a row has this share of the frames of the one before."""
@@ -260,7 +261,7 @@ class RowCache:
         ]
         if longest is not None and not is_whole and found[-1].num_tokens > longest:
             return None
-        return PlannedRow(sample_id, row, tuple(found), is_whole)
+        return PlannedRow(sample_id, restore(row), tuple(found), is_whole)
 
     def add(self, key: str, row: PlannedRow) -> None:
         """Keep a row."""
@@ -268,7 +269,7 @@ class RowCache:
             [one.num_tokens, one.num_supervised, one.num_image_tokens, one.num_units, one.tokens_per_unit]
             for one in row.levels
         ]
-        self._rows[key] = json.dumps([row.sample_id, row.row, row.is_whole, *levels])
+        self._rows[key] = json.dumps([row.sample_id, redact(row.row), row.is_whole, *levels])
 
     def write(self) -> None:
         """Replace the file. Raises OSError."""

@@ -3,7 +3,7 @@
 Invariant: a source is local, exists, and lies in `data.media_root` where that is set, links followed: a row of a
 downloaded data set cannot reach for other files of the machine. Nothing is opened.
 Cost: one look-up a file; where a root is set, one for each folder on the way as well. Not here: whether a file can be
-decoded, and media in the cells of tables.
+decoded, and media in the cells of tables. What becomes a link after it was looked up is followed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class MediaFinder:
         if not os.path.isdir(path):
             return self._file(value, "video")
         self._fps()
-        if not frame_files(path):
+        frames = frame_files(path)
+        for frame in filter(os.path.islink, frames):
+            self._confine(value, frame, "frame")
+        if not frames:
             raise MediaError(f"no frames in the folder {path}", "it must hold .jpg, .png or the like", "no frames")
         return path
 
@@ -74,15 +77,25 @@ class MediaFinder:
 
     def _path(self, value: Any, kind: str) -> str:
         name = _stored_path(value, kind).removeprefix("file://")
+        if "\0" in name:
+            raise DataError(f"{kind} {name[:80]!r} is no path", "it must be the path of a file")
         if "://" in name or name.startswith("data:"):
             raise DataError(f"{kind} {name[:80]!r} is not a local file", "download it, and give its path")
         path = str(Path(self.root) / name)
-        if self.confined and not _real_folder(os.path.realpath(path)).startswith(_real_folder(_real(self.root))):
+        self._confine(name, path, kind)
+        return path
+
+    def _confine(self, name: str, path: str, kind: str) -> None:
+        if self.confined and not lies_in(path, self.root):
             raise DataError(
                 f"{kind} {name!r} lies outside data.media_root: {os.path.realpath(path)}",
                 "data.allow_outside: true takes it",
             )
-        return path
+
+
+def lies_in(path: str, root: str) -> bool:
+    """Whether a path lies in a folder, links followed."""
+    return _real_folder(os.path.realpath(path)).startswith(_real_folder(_real(root)))
 
 
 def _stored_path(value: Any, kind: str) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from evs_train.config import DataSection, RowFormatName, Section
+from evs_train.data.media import lies_in
 from evs_train.data.readers import Number, read_file
 from evs_train.errors import DataError
 from evs_train.recipe import parse_yaml
@@ -178,11 +179,17 @@ def _read_listing(path: Path, data: DataSection, root: Path | None) -> list[RowS
                 f"{path}: entry {number}: unknown sampling_strategy {entry.sampling_strategy!r}",
                 "all, first:N, end:N or random:N, where N is a number of rows or a share such as 10%",
             )
+        own_root = None if entry.media_root is None else path.parent / entry.media_root
+        if own_root is not None and root is not None and not (data.allow_outside or lies_in(str(own_root), str(root))):
+            raise DataError(
+                f"{path}: entry {number}: its media_root lies outside data.media_root: {own_root}",
+                "data.allow_outside: true takes it; or unset data.media_root",
+            )
         found.append(
             RowSource(
                 name=entry.json_path,
                 files=_files(str(path.parent / entry.json_path)),
-                media_root=root if entry.media_root is None else path.parent / entry.media_root,
+                media_root=own_root or root,
                 row_format=entry.format or data.format,
                 frames_fps=entry.frames_fps or data.frames_fps,
                 strategy=entry.sampling_strategy,

@@ -12,7 +12,6 @@ Cost: nothing while all samples are good. This module does not read samples and 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from evs_train.config import DataSection
+from evs_train.disk import replace_text, whole_lines
 from evs_train.errors import BudgetError, Reason
+from evs_train.redaction import redact
 
 QUARANTINE_FILE = "quarantine.jsonl"
 MIN_DRAWS = 100
@@ -103,12 +104,9 @@ class Quarantine:
         """
         lines: list[dict[str, Any]] = []
         if self.path.exists():
-            written = self.path.read_text(encoding="utf-8").splitlines()
-            lines = [line for line in map(json.loads, written) if line["step"] < step]
-            if writes and len(lines) < len(written):
-                draft = self.path.with_suffix(".draft")
-                draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-                os.replace(draft, self.path)
+            lines = [line for line in map(json.loads, whole_lines(self.path)) if line["step"] < step]
+            if writes:
+                replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self.num_draws, self.reasons, self._bad_draws = self._draws_before(step), Counter(), set()
         self._count(lines)
 
@@ -140,7 +138,7 @@ class Quarantine:
         self._count(lines)
         if writes and lines:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+                file.write("".join(json.dumps(line) + "\n" for line in redact(lines)))
         share = len(self._bad_draws) / max(self.num_draws, 1)
         if found.none_left:
             self._end(f"{self.data.max_bad_in_a_row} samples in a row are bad", "data.max_bad_in_a_row")

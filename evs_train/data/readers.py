@@ -17,12 +17,17 @@ from typing import Any, NoReturn, TextIO
 
 from evs_train.data.shards import read_shard
 from evs_train.errors import DataError
+from evs_train.strict import StrictError, read_json, read_json_at
 
 Number = int | str
 """What a row is called in its file: its number from 1, in JSONL that of its line, in a tar shard its key."""
 Rows = Iterator[tuple[Number, Any]]
 
 _CHUNK = 1 << 20
+_BATCH = 1024
+MOST_UNPACKED = 2 << 30
+"""Bytes of a Parquet row group that are always unpacked; a larger one may be `_MOST_PACKED` times its file."""
+_MOST_PACKED = 100
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -81,7 +86,6 @@ class _JsonText:
         self.file, self.path = file, path
         self.buffer, self.position = "", 0
         self.line, self.column = 1, 1  # of the start of the buffer
-        self.decoder = json.JSONDecoder()
 
     def fill(self) -> bool:
         """Drop what was read and read on, as much again as is kept; whether there was more."""
@@ -105,11 +109,13 @@ class _JsonText:
         self.peek()
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.buffer, self.position)
+                value, end = read_json_at(self.buffer, self.position)
             except json.JSONDecodeError as error:
                 behind = error.pos - self.position
                 if not self.fill():
                     self.fail(error.msg, behind)
+            except StrictError as error:
+                self.fail(str(error), self.position)
             else:
                 if end < len(self.buffer) or not self.fill():  # at the end of the buffer a number may go on
                     self.position = end
@@ -119,7 +125,9 @@ class _JsonText:
         """Say what a file is that is no list."""
         text = self.buffer[self.position :] + self.file.read()
         try:
-            value = json.loads(text)
+            value = read_json(text)
+        except StrictError as error:
+            raise DataError(f"{self.path}: not JSON: {error}", "put the rows in [...]") from error
         except json.JSONDecodeError as error:
             hint = "one row on each line? Then name the file .jsonl"
             place = f"at line {error.lineno} column {error.colno}"
@@ -148,9 +156,11 @@ def _json_lines(path: Path) -> Rows:
 
 def _parsed(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return read_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8 text (byte {error.start} of the line)", "save the file as UTF-8")
+    except StrictError as error:
+        return DataError(f"not JSON: {error}", "each line must be one JSON object")
     except json.JSONDecodeError as error:
         return DataError(f"not JSON: {error.msg} at column {error.colno}", "each line must be one JSON object")
 
@@ -168,10 +178,29 @@ def _table(path: Path, kind: str) -> Rows:
         raise FileNotFoundError(2, "No such file", str(path))
     from datasets import load_dataset  # noqa: PLC0415 (half a second, and most rows are JSON)
 
+    options = {"batch_size": _BATCH} if kind == "parquet" else {}  # else a whole row group at a time
     try:
-        yield from _numbered(load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True))
+        if kind == "parquet":
+            _check_unpacked(path)
+        yield from _numbered(
+            load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
+        )
     except ValueError as error:  # pyarrow's ArrowInvalid among them
         raise DataError(f"{path}: cannot be read as {kind}: {error}", "write or copy the file again") from error
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuse a file that is small and unpacks to more than memory may hold, as no text does."""
+    from pyarrow.parquet import ParquetFile  # noqa: PLC0415 (as above)
+
+    with ParquetFile(path) as file:
+        groups = [file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups)]
+    largest = max(groups, default=0)
+    if largest > max(MOST_UNPACKED, _MOST_PACKED * path.stat().st_size):
+        raise DataError(
+            f"{path}: unpacks to {largest / 2**30:.1f} GiB at a time, {largest // path.stat().st_size} times its size",
+            "write it again with smaller row groups",
+        )
 
 
 def _saved_dataset(path: Path) -> Rows:

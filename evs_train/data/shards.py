@@ -13,7 +13,6 @@ links.
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
@@ -23,6 +22,7 @@ from typing import Any
 from evs_train.data.formats import MEDIA, listed
 from evs_train.data.sources import FRAME_SUFFIXES, TarMember
 from evs_train.errors import DataError
+from evs_train.strict import read_json
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv"})
 _BLOCK = tarfile.BLOCKSIZE
@@ -73,7 +73,7 @@ def _sample(path: Path, tar: tarfile.TarFile, members: list[tarfile.TarInfo]) ->
         return DataError("two members have the same name", "write the shard again, each key once")
     texts = {suffix: _read(tar, by_suffix[suffix]) for suffix in (".json", ".txt") if suffix in by_suffix}
     try:
-        row = json.loads(texts.get(".json", b"{}").decode("utf-8"))
+        row = read_json(texts.get(".json", b"{}").decode("utf-8"))
         caption = texts.get(".txt", b"").decode("utf-8")
     except ValueError as error:
         return DataError(f"its .json or .txt cannot be read: {error}", "write the shard again")

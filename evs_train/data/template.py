@@ -24,6 +24,10 @@ from evs_train.errors import DataError
 IGNORE_INDEX = -100
 
 
+_OF_TEMPLATES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What the code of a template can raise in its sandbox."""
+
+
 class Renderer(Protocol):
     """What this module needs of a family's adapter (see `models/base.py`)."""
 
@@ -189,6 +193,6 @@ def render(
         text: str = renderer.processor.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
         )
-    except (TemplateError, TypeError) as error:
+    except _OF_TEMPLATES as error:
         raise DataError(f"{source}: the chat template refuses the conversation: {error}", reason="template") from error
     return renderer.normalized(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,8 +21,7 @@ def run(options: EvalOptions) -> int:
         task = progress.add_task("", total=None)
         results = evaluate(options, lambda done, total: progress.update(task, completed=done, total=total))
     if results is None:
-        sys.stdout.flush()
-        os._exit(0)  # threads of the process group may outlive it and abort the interpreter, and with it the others
+        return 0
     write_report(results, options.folder)
     show_results(results, str(options.folder), Console())
     return 0

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evs_train.evaluate.options import EvalOptions
+from evs_train.redaction import redact
 
 COLUMNS = ("rate", "accuracy, %", "to dense, points", "tolerance", "tokens", "prefill", "GPU")
 
@@ -30,7 +31,7 @@ def show_results(results: dict[str, Any], folder: str, console: Console) -> None
         console.print(table)
     for sentence in sentences(results):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"results: {folder}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results: {redact(folder)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def rows_of_table(model: dict[str, Any]) -> Iterator[list[str]]:

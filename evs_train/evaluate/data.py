@@ -22,6 +22,7 @@ from evs_train.data.media import MediaFinder
 from evs_train.data.mixture import sources
 from evs_train.data.sources import name_of
 from evs_train.errors import DataError, MediaError
+from evs_train.redaction import redact
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
@@ -106,7 +107,7 @@ def _question(asked: Asked, finder: MediaFinder, seen: dict[str, str]) -> Questi
     images = tuple(finder.image(one) for one in asked.images)
     return Question(
         id=asked.id,
-        video=" + ".join(map(name_of, [*videos, *images])) or asked.id,
+        video=redact(" + ".join(map(name_of, [*videos, *images]))) or asked.id,
         sample=Sample(asked.id, asked.source, asked.messages, videos, images),
         answers=asked.answers,
         choices=asked.choices,

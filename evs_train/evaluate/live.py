@@ -26,6 +26,7 @@ from evs_train.evaluate.options import EvalOptions
 from evs_train.evaluate.run import share
 from evs_train.generation import PrunedModel
 from evs_train.models.base import Family
+from evs_train.tracking import Tracker
 
 Curve = dict[float, float]
 """Accuracy by rate."""
@@ -46,6 +47,7 @@ class LiveCurve(TrainerCallback):
     Args:
         log: takes metrics, such as `Trainer.log`.
         autocast: the context of the trainer's forwards.
+        tracker: gets a chart of all curves so far.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class LiveCurve(TrainerCallback):
         family: Family,
         questions: Sequence[Question],
         log: Callable[[dict[str, float]], None],
+        *,
         autocast: Callable[[], AbstractContextManager[Any]],
+        tracker: Tracker,
     ) -> None:
         self.recipe, self.family, self.questions = recipe, family, questions
-        self.log, self.autocast = log, autocast
+        self.log, self.autocast, self.tracker = log, autocast, tracker
         self.curves: dict[int, Curve] = {}
 
     def on_train_begin(
@@ -85,18 +89,8 @@ class LiveCurve(TrainerCallback):
         should_log = control.should_log
         self.log({f"eval/accuracy/{rate:g}": accuracy for rate, accuracy in curve.items()})
         control.should_log = should_log  # what was logged here is not the step's own line
-        if "wandb" in args.report_to and state.is_world_process_zero:
-            import wandb  # noqa: PLC0415 (imported late: only where it is used)
-
-            steps = sorted(self.curves)
-            chart = wandb.plot.line_series(
-                xs=list(curve),
-                ys=[list(self.curves[step].values()) for step in steps],
-                keys=[f"step {step}" for step in steps],
-                title="accuracy against pruning rate",
-                xname="pruning rate",
-            )
-            wandb.log({"eval/curve": chart}, commit=False)
+        if state.is_world_process_zero:
+            self.tracker.curves("eval/curve", self.curves, state.global_step)
 
     def _accuracies(self, plain: PreTrainedModel) -> Curve:
         recipe = self.recipe

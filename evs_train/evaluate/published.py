@@ -5,7 +5,6 @@ Invariant: a file of another form is refused by file, row and field. Cost: one r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from evs_train.data.formats import kind_of
 from evs_train.data.readers import Number, read_file
 from evs_train.errors import DataError
 from evs_train.evaluate.data import Asked
+from evs_train.strict import read_json
 
 _HINT = "is it the file of this benchmark?"
 
@@ -85,7 +85,7 @@ def rows_of_file(path: Path) -> Iterator[PublishedRow]:
 def json_object(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object. Raises DataError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}", "is it the folder of this benchmark?") from error
     except ValueError as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.errors import RecipeError
+from evs_train.redaction import redact
 
 SETTINGS_FILE = "settings.json"
 _OF_AN_EXPORT = "video_pruning_rate"
@@ -103,7 +104,7 @@ def agree_on_settings(folder: Path, settings: dict[str, Any]) -> None:
         RecipeError: the folder holds records of another evaluation; the differing keys are named.
     """
     file = folder / SETTINGS_FILE
-    wanted = json.loads(json.dumps(settings))
+    wanted = redact(json.loads(json.dumps(settings)))
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         differing = [key for key in {**before, **wanted} if before.get(key) != wanted.get(key)]
@@ -138,7 +139,7 @@ def run_of_export(checkpoint: str) -> str | None:
 def run_identity(record: dict[str, Any]) -> str:
     """SHA-256 (hex) of a run's record, whichever rate it was exported at."""
     kept = {key: value for key, value in record.items() if key != _OF_AN_EXPORT}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(redact(kept), sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

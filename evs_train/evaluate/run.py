@@ -43,6 +43,7 @@ from evs_train.evaluate.report import RESULTS_FILE
 from evs_train.evaluate.server import ServerModel
 from evs_train.evaluate.summary import summarise
 from evs_train.generation import PrunedModel, settings_of
+from evs_train.redaction import redact
 
 _PACKAGES = ("evs-train", "torch", "transformers", "decord2", "av", "numpy")
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process
@@ -194,7 +195,7 @@ def _written(
     asked = [question for question in questions if question.id not in skipped]
     names = [name_of_model(model) for model in options.model]
     kept = [one for one in records if one.question not in skipped]
-    results = {
+    results: dict[str, Any] = {
         "version": 1,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "data": {
@@ -212,6 +213,7 @@ def _written(
     }
     for path, found in zip(options.model, results["models"], strict=True):
         found |= {"path": path, "run": None if options.server else run_of_export(path)}
+    results = redact(results)
     staged = folder / f"{RESULTS_FILE}.partial"
     staged.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     staged.rename(folder / RESULTS_FILE)

@@ -36,8 +36,9 @@ from evs_train.config import (
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES, RELEASED_AS, REMOTE_FAMILIES, nemotron_release
 from evs_train.models.base import Family
-from evs_train.models.remote_code import check_remote_code
+from evs_train.models.remote_code import check_kernels, check_remote_code
 from evs_train.models.tuning import part_of
+from evs_train.redaction import redact
 
 _ADAPTERS = FAMILIES | REMOTE_FAMILIES
 # Formats of models that are supported in another format.
@@ -58,6 +59,7 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
         raise ModelError(f"the checkpoint {path} does not exist", "model.path is a checkpoint directory or a hub name")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        check_kernels(path, dict(fields))
         model_type = dict(fields).get("model_type")  # config.json may hold an empty list
         if model_type is not None and model_type not in _ADAPTERS | RELEASED_AS:
             supported = f"supported: {', '.join(sorted(_ADAPTERS))}; docs/adding-a-family.md says how to add one"
@@ -211,6 +213,7 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             config=config,
             dtype=dtype,
             attn_implementation=model.attn_implementation,
+            use_safetensors=True,  # older forms of weights are pickles
             output_loading_info=True,
             **_code_options(config.model_type, model.revision),
         )
@@ -223,6 +226,7 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             f"the code of {model.path} does not fit this version of transformers: {_reason(error)}",
             "correct a copy in a directory; a model's __init__ must end with self.post_init()",
         ) from error
+    loaded.name_or_path = loaded.config.name_or_path = redact(model.path)  # adapters are saved with it
     # transformers fills what the files lack with random numbers and only logs it.
     family, parameters = adapter_of(config), {name for name, _ in loaded.named_parameters()}
     missing = sorted(name for name in info["missing_keys"] if name in parameters and part_of(name, family) is not None)

@@ -4,6 +4,7 @@ Invariant: no code of a checkpoint runs unless the recipe trusts it (`model.trus
 architecture, and the files cannot change: they lie in a directory, or the revision is a full commit hash. A config may
 send transformers to further repositories, whose revision nothing pins; it is then read from the local cache only. So
 may the processor's files of a directory; those of a hub name ask any repository for the pinned commit.
+Nor do kernels from repositories run, which a config can name as well (`check_kernels`).
 Cost: none. What it cannot do: judge the code.
 """
 
@@ -52,6 +53,21 @@ def check_remote_code(path: str, revision: str | None, trusted: bool, fields: Ma
             f"model.trust_remote_code: the config of {path} runs code of {', '.join(others)}, which nothing pins",
             "read their cached copies, then run with the environment variable HF_HUB_OFFLINE=1",
         )
+
+
+def check_kernels(path: str, fields: Mapping[str, Any]) -> None:
+    """Refuse a config that names kernels of a repository (`owner/name`), which transformers would download and run.
+
+    Raises:
+        ModelError: it does, at any depth.
+    """
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            check_kernels(path, value)
+        if key.endswith("_implementation") and "/" in str(value):
+            raise ModelError(
+                f"the config of {path} takes code from a repository: {key}: {value}", "remove this key from config.json"
+            )
 
 
 def _other_repositories(fields: Mapping[str, Any]) -> Iterator[str]:

@@ -3,12 +3,14 @@
 `torchrun --nproc_per_node N -m tests.distributed.order_worker JOBS` does the jobs of a JSON file one after the other: a
 list of `{"words": arguments of a recipe, "seen": folder, "killed_at": step or null}`. Each process writes
 `seen/RANK.jsonl`. A run with `killed_at` ends by SIGKILL of all processes as soon as that step's checkpoint is whole.
+A job with `"stopped": [folder, step]` goes on from what the run in that folder left at that step.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import zlib
@@ -21,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from evs_train.collate import BatchPlan
 from evs_train.data.template import IGNORE_INDEX
+from evs_train.errors import leave
 from evs_train.trainer import UptrainTrainer
 from evs_train.uptrain import Run
 from tests.runs import recipe_of
@@ -100,6 +103,16 @@ def watch(words: list[str], seen: Path, killed_at: int | None = None) -> None:
     run.train()
 
 
+def stopped(whole: Path, step: int, to: Path) -> Path:
+    """What a run leaves that is killed right behind the checkpoint of `step`; its metrics are of later steps, too."""
+    folder = Path(shutil.copytree(whole, to))
+    shutil.rmtree(folder / "final")
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.rsplit("-", 1)[1]) > step:
+            shutil.rmtree(checkpoint)
+    return folder
+
+
 def seen_in(seen: Path) -> list[dict[str, Any]]:
     """What all processes wrote, step by step in the order of draws."""
     lines = [json.loads(line) for file in seen.glob("*.jsonl") for line in file.read_text().splitlines()]
@@ -109,6 +122,13 @@ def seen_in(seen: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        if "stopped" in job:
+            dist.barrier()  # the run that is gone on from is done on all ranks
+            if dist.get_rank() == 0:
+                whole, step = job["stopped"]
+                stopped(Path(whole), step, Path(recipe_of(job["words"]).output_dir))
+            dist.barrier()
         watch(job["words"], Path(job["seen"]), job["killed_at"])
     if dist.is_initialized():
         dist.destroy_process_group()
+    leave(0)

@@ -14,6 +14,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from transformers import TrainingArguments
 
+from evs_train.errors import leave
 from evs_train.trainer import UptrainTrainer
 from evs_train.uptrain import Run, leave_process_group
 from tests.runs import recipe_of
@@ -38,3 +39,4 @@ if __name__ == "__main__":
         stage = engine.zero_optimization_stage() if isinstance(engine, DeepSpeedEngine) else None
         assert stage == STAGES[run.recipe.deepspeed]  # an earlier run's state would make it another kind of run
     leave_process_group(together=True)
+    leave(0)

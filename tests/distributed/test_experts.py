@@ -73,7 +73,6 @@ def chosen_experts(rig: Rig, name: str) -> list[set[int]]:
     return chosen
 
 
-@pytest.mark.xdist_group("distributed")
 def test_experts_without_a_token_on_one_process(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
     rig = Rig(checkpoint, rows)
     of_text, of_video = chosen_experts(rig, "text"), chosen_experts(rig, "two")

@@ -24,7 +24,6 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(("family", "deepspeed"), [("qwen3_vl", None), ("nemotron_h_omni", "zero3")])
-@pytest.mark.xdist_group("distributed")
 def test_two_processes_give_the_curve_of_one(
     family: str, deepspeed: str | None, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from evs_train.models import FAMILIES
 from tests.distributed.fsdp_worker import STEPS, run
@@ -21,16 +22,20 @@ WORKER = ("-m", "tests.distributed.fsdp_worker")
 
 @pytest.fixture(scope="module")
 def sharded(
-    tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, shared_tmp: Path
 ) -> Callable[[str], list[dict[str, float]]]:
     """What two processes find of a family. One start serves all families: it takes longer than the steps."""
-    output = tmp_path_factory.mktemp("fsdp")
+    output, errors = shared_tmp / "fsdp", shared_tmp / "fsdp_errors.txt"
     checkpoints = [str(tiny_checkpoint(name)) for name in sorted(FAMILIES)]
-    done = torchrun([str(mixed_rows), str(output), "equal", *checkpoints], 2, timeout=240, program=WORKER)
+    with FileLock(str(shared_tmp / "fsdp.lock")):
+        if not errors.is_file():
+            output.mkdir()
+            words = [str(mixed_rows), str(output), "equal", *checkpoints]
+            errors.write_text(torchrun(words, 2, timeout=240, program=WORKER).stderr, encoding="utf-8")
 
     def of(family: str) -> list[dict[str, float]]:
         file = output / f"{family}.json"
-        assert file.is_file(), f"it, or a family before it, failed; stderr ends with:\n{done.stderr[-4000:]}"
+        assert file.is_file(), f"it, or a family before it, failed; stderr ends with:\n{errors.read_text()[-4000:]}"
         found: list[dict[str, float]] = json.loads(file.read_text())
         return found
 
@@ -38,7 +43,6 @@ def sharded(
 
 
 @pytest.mark.capability("FSDP2", "yes")
-@pytest.mark.xdist_group("distributed")
 def test_two_sharded_processes_give_the_steps_of_one(
     family_name: str,
     sharded: Callable[[str], list[dict[str, float]]],
@@ -53,7 +57,6 @@ def test_two_sharded_processes_give_the_steps_of_one(
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.xdist_group("distributed")
 def test_uneven_calls_of_a_sharded_tower_fail(
     tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:

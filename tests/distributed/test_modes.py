@@ -43,7 +43,6 @@ def test_the_rows_are_uneven_over_ranks(mixed_rows: Path) -> None:
 
 
 @pytest.mark.capability("DDP, ZeRO-2, ZeRO-3", "yes")
-@pytest.mark.xdist_group("distributed")
 def test_two_processes_give_the_curve_of_one(
     family_name: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:
@@ -63,7 +62,6 @@ def test_two_processes_give_the_curve_of_one(
                 assert two[name] == pytest.approx(one[name]), (mode, name)
 
 
-@pytest.mark.xdist_group("distributed")
 def test_splitting_a_batch_over_processes_leaves_rounding_only(
     tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:

@@ -39,7 +39,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", ["teacher", "sandwich"])
-@pytest.mark.xdist_group("distributed")
 def test_two_processes_give_the_curve_of_one(
     kind: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:

@@ -101,7 +101,6 @@ def do(jobs: list[dict[str, Any]], processes: int, folder: Path) -> tuple[int, s
     return done.returncode, done.stderr
 
 
-@pytest.mark.xdist_group("distributed")
 def test_the_reference_holds_every_case(reference: Seen) -> None:
     assert [line["draw"] for line in reference] == list(range(STEPS * GLOBAL_BATCH))
     assert [line["step"] for line in reference] == [draw // GLOBAL_BATCH for draw in range(STEPS * GLOBAL_BATCH)]
@@ -117,7 +116,6 @@ def test_the_reference_holds_every_case(reference: Seen) -> None:
     assert max(Counter(line["id"] for line in reference).values()) > 1
 
 
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("processes", SPLITS)
 def test_rows_rates_and_pixels_are_the_same_for_any_processes_and_workers(
     processes: int, reference: Seen, mixture: Path, words_of: Words, tmp_path: Path
@@ -166,7 +164,6 @@ def killed(mixture: Path, reference: Seen, words_of: Words, tmp_path_factory: py
     return folder / "run"
 
 
-@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_resumed_run_goes_on_with_the_next_row_and_reads_none_before(
     processes: int, killed: Path, ruined: Path, reference: Seen, words_of: Words, tmp_path: Path
@@ -182,13 +179,11 @@ def test_a_resumed_run_goes_on_with_the_next_row_and_reads_none_before(
         assert seen_in(tmp_path / f"seen{workers}") == reference[FIRST_DRAW:], f"{workers} workers"
 
 
-@pytest.mark.xdist_group("distributed")
 def test_the_ruined_media_would_have_been_noticed(ruined: Path, words_of: Words, tmp_path: Path) -> None:
     with pytest.raises(MediaError):
         watch(words_of(ruined, tmp_path / "run", 1, 0), tmp_path / "seen")
 
 
-@pytest.mark.xdist_group("distributed")
 def test_a_resumed_run_decodes_what_it_shows_and_nothing_else(
     killed: Path,
     mixture: Path,

@@ -61,7 +61,6 @@ def record(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.xdist_group("distributed")
 def test_a_bad_row_leaves_the_same_curve_whoever_reads_it(checkpoint: Path, world: Path, tmp_path: Path) -> None:
     rows = rows_with(tmp_path, world, bad=2)
     options = {"data__media_root": world.parent, "data__allow_outside": True}
@@ -138,7 +137,6 @@ def test_a_bad_share_ends_the_run_with_3(
     assert uptrain.main(words_of(checkpoint, rows, tmp_path / "run", **options)) == 0
 
 
-@pytest.mark.xdist_group("distributed")
 def test_all_processes_end_in_the_same_step(checkpoint: Path, world: Path, tmp_path: Path) -> None:
     """Rows of which so many are bad that the second process soon meets two in a row; the first says it, and ends."""
     rows = rows_with(tmp_path, world, bad=6)

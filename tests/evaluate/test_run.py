@@ -30,7 +30,6 @@ from evs_train.models.tiny import build_tiny
 from tests.evaluate.test_layouts import WRITERS, mvbench
 from tests.runs import ROOT, torchrun
 
-pytestmark = pytest.mark.xdist_group("evaluate")
 OPTIONS = ["A red circle.", "A blue square.", "A green triangle."]
 RATES = [0.0, 0.5, 0.9]
 NUM_CLIPS = 5

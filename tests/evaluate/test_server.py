@@ -24,8 +24,6 @@ from evs_train.generation import PrunedModel
 from tests.evaluate.test_layouts import mvbench
 from tests.runs import ROOT
 
-pytestmark = pytest.mark.xdist_group("served")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Path:

