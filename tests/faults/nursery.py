@@ -100,7 +100,7 @@ def _children(job: dict[str, Any]) -> list[int]:
         port = free.getsockname()[1]
     began = time.monotonic()
     waiting = {_fork(job, rank, port): rank for rank in range(job["world"])}
-    codes = [0] * job["world"]
+    codes, died = [0] * job["world"], False
     until = began + min(job["limit"], job["kill_after"] or job["limit"])
     while waiting:
         for pid, rank in list(waiting.items()):
@@ -109,10 +109,13 @@ def _children(job: dict[str, Any]) -> list[int]:
                 del waiting[pid]
                 codes[rank] = os.waitstatus_to_exitcode(status)
         if any(codes) or time.monotonic() > until:
+            died = died or (-signal.SIGKILL in codes and until != float("inf"))
             for pid in waiting:
                 os.kill(pid, signal.SIGKILL)
             until = float("inf")
         time.sleep(0.003)
+    if died:  # the others lost their connection, or were killed for it
+        codes = [code and -signal.SIGKILL for code in codes]
     return [FAILED] * job["world"] if time.monotonic() > began + job["limit"] else codes
 
 
