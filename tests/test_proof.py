@@ -75,9 +75,7 @@ def test_where_the_ball_is_does_not_say_where_it_goes(frame: int) -> None:
     seen: dict[tuple[int, int], list[str]] = {}
     for number in range(4000):
         scene, _ = world.scene_of(0, "train", number)
-        step = world.STEPS[scene.facts["motion"]]
-        moved = world.DISTANCE if frame else 0
-        place = [scene.lane if axis == 0 else scene.start + axis * moved for axis in step]
+        place = world.path(scene)[-1 if frame else 0]
         assert all(0 <= cell <= 3 for cell in place)
         seen.setdefault((place[0], place[1]), []).append(scene.facts["motion"])
     right = sum(max(map(told.count, world.STEPS)) for told in seen.values())
