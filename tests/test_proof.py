@@ -63,7 +63,7 @@ def test_a_still_camera_shows_nothing_but_what_happens() -> None:
         if scene.camera != "still":
             assert len(changed) >= world.NUM_UNITS // 2 - 1
             continue
-        moves = {2 * (scene.move_unit + step) for step in range(world.DISTANCE)}
+        moves = {2 * scene.move_unit + frame for frame in range(world.DISTANCE * world.FRAMES_PER_CELL)}
         filled = {unit * 2 for unit in range(5, scene.stop_unit + 1, 5) if unit < world.NUM_UNITS}
         switched = {2 * unit for on in (*scene.blinks, scene.flash_unit) for unit in (on, on + 1)}
         assert changed == moves | filled | switched | {2 * unit for unit in scene.appear}
@@ -75,7 +75,9 @@ def test_where_the_ball_is_does_not_say_where_it_goes(frame: int) -> None:
     seen: dict[tuple[int, int], list[str]] = {}
     for number in range(4000):
         scene, _ = world.scene_of(0, "train", number)
-        place = world.path(scene)[-1 if frame else 0]
+        step = world.STEPS[scene.facts["motion"]]
+        moved = world.DISTANCE if frame else 0
+        place = [scene.lane if axis == 0 else scene.start + axis * moved for axis in step]
         assert all(0 <= cell <= 3 for cell in place)
         seen.setdefault((place[0], place[1]), []).append(scene.facts["motion"])
     right = sum(max(map(told.count, world.STEPS)) for told in seen.values())

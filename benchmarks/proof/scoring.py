@@ -89,7 +89,7 @@ def slots_of(family: Family, example: Example, choices: Sequence[Tensor]) -> Slo
     """Where the facts of a row are told. Raises DataError where its caption does not tell each of them once."""
     supervised = example.labels[example.labels != IGNORE_INDEX]
     told = family.processor.tokenizer.decode(supervised, skip_special_tokens=True).strip()
-    order = [name for name in world.parse_caption(told) if name in world.FACTS]
+    order = list(world.parse_caption(told))
     places = torch.nonzero(torch.isin(supervised, torch.cat(list(choices))))[:, 0]
     if sorted(order) != sorted(world.FACTS) or len(places) != len(order):
         raise DataError(f"{example.sample_id}: the caption {told!r} does not tell each fact once")
