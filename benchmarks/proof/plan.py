@@ -47,11 +47,17 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run. Rates include 0, with which everything is compared; `batch`: clips of a step."""
+    """How much is run.
+
+    Attributes:
+        base_steps: of each training of the base, one after the other.
+        rates: with 0 among them, with which everything is compared.
+        batch: clips of a step.
+    """
 
     num_train: int
     num_heldout: int
-    base_steps: int
+    base_steps: tuple[int, ...]
     arm_steps: int
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
@@ -62,8 +68,8 @@ class Size:
 _RATES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9)
 _DECIDING = (PLUG, DENSE, NVIDIA, "uniform", "mixture", f"{PLUG}, random tokens", f"{PLUG}, whole units")
 SIZES: dict[str, Size] = {
-    "mini": Size(6, 6, 3, 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9), batch=4),
-    "default": Size(4000, 600, 800, 200, (0, 1), _DECIDING, _RATES),
-    "full": Size(4000, 600, 800, 200, (0, 1, 2), tuple(ARMS), _RATES),
+    "mini": Size(6, 6, (2, 1), 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9), batch=4),
+    "default": Size(4000, 600, (800, 400), 200, (0, 1), _DECIDING, _RATES),
+    "full": Size(4000, 600, (800, 400), 200, (0, 1, 2), tuple(ARMS), _RATES),
 }
 """`full` goes on from `default`: same world, base and steps, so what that has done is not done again."""
