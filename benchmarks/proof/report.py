@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 
+from benchmarks.environment import environment
 from benchmarks.proof.plan import ARMS, DENSE, NVIDIA, PLUG
 from benchmarks.proof.statistics import Draws, Figure, Right
 from benchmarks.proof.world import NEEDS
@@ -26,11 +27,12 @@ MIN_GAP = 0.02
 """Of accuracy."""
 
 OfRate = dict[str, Right]
+PACKAGES = ("evs-train", "torch", "transformers", "accelerate", "numpy")
 
 
 def write_report(folder: Path) -> str:
     """Write `report.json`, `report.png` and `report.md` into `folder`; returns the last one's text."""
-    found = report_of(read_results(folder / "results"))
+    found = report_of(read_results(folder / "results")) | {"environment": environment(PACKAGES)}
     (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     picture(found, folder / "report.png")
     text = "\n\n".join(tables(found)) + "\n"
