@@ -1,6 +1,6 @@
 """What `data.cache_features` gains: an epoch without it, the first one with it (which writes), and the second one.
 
-`OMP_NUM_THREADS=1 python benchmarks/feature_cache.py` writes `benchmarks/results/feature_cache.json` and prints a
+`OMP_NUM_THREADS=1 python -m benchmarks.feature_cache` writes `benchmarks/results/feature_cache.json` and prints a
 table; `--size toy` shows nothing but that it runs. Each side is an epoch of a real run, on rendered clips that an index
 knows (so nothing is verified), with one worker. Sides take turns in every round, each round with a cache of its own;
 medians over rounds are given with their spread. The three must have the same losses.
@@ -15,10 +15,7 @@ before the seconds: models and machines differ in D, V and L, and a GPU waits fo
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -30,6 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from benchmarks.environment import environment
 from evs_train.check import check
 from evs_train.config import Recipe
 from evs_train.data.synthetic import write_dataset
@@ -182,18 +180,10 @@ def main(words: Sequence[str] | None = None) -> None:
         f"{faster['than_without']['median']:.2f} times as one without (limit {faster['limit']:.2f}); "
         f"{found['disk_mib']:.1f} MiB on disk, {found['estimated_mib']:.1f} estimated"
     )
-    environment = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "decord2", "av")},
-    }
     settings = {"size": options.size, **vars(size), "rate": 0.75, "workers": 1, "rows_per_step": ROWS_PER_STEP}
     options.out.parent.mkdir(exist_ok=True)
-    written = {"environment": environment, "settings": settings, "results": found}
+    where = environment(("torch", "transformers", "decord2", "av"))
+    written = {"environment": where, "settings": settings, "results": found}
     options.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

@@ -79,6 +79,7 @@ class Checkpoints:
         staged = staging / name
         try:
             with_failure_named(lambda: write(staging), staging)
+            self.ranks.gather([None])  # all have written: what another one still writes has names that do not stay
             listed = self._together(lambda: sync_all(staged), staging)
             sizes = {file: size for of_rank in listed for file, size in of_rank.items()}
             mine = _shares([list(of_rank) for of_rank in listed], sizes)[self.ranks.rank]

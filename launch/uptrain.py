@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
         export = export_run(recipe.output_dir) if recipe.export.enabled else None
         show.show_summary(recipe, summary, export, console)
     except ON_ALL_RANKS as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the others as soon as one is gone
+        if "RANK" in os.environ:  # torchrun sends it to the others as soon as one is gone
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if first:
             report(error)
         leave_process_group(together=True)

@@ -55,7 +55,7 @@ def test_the_examples_of_the_readme_are_read(tmp_path: Path) -> None:
 
 
 def test_the_listing_is_read(tmp_path: Path) -> None:
-    [text] = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    [text] = re.findall(r"```yaml\n(datasets:.*?)```", PAGE, flags=re.DOTALL)
     root = tmp_path / "root"
     (tmp_path / "captions").mkdir()
     lay_out(tmp_path / "captions", EXAMPLES["caption"])

@@ -30,7 +30,7 @@ from evs_train.recipe import load_recipe
 from evs_train.samplers import build_sampler
 
 RATES = (0.0, 0.75, 0.9)
-MINI = Size(6, 5, 3, 3, (0, 1), (PLUG, DENSE, "mixture", "sandwich", "uniform, whole units"), RATES, batch=4)
+MINI = Size(6, 5, (2, 1), 3, (0, 1), (PLUG, DENSE, "mixture", "sandwich", "uniform, whole units"), RATES, batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_a_still_camera_shows_nothing_but_what_happens() -> None:
         if scene.camera != "still":
             assert len(changed) >= world.NUM_UNITS // 2 - 1
             continue
-        moves = {2 * (scene.move_unit + step) for step in range(world.DISTANCE)}
+        moves = {2 * scene.move_unit + frame for frame in range(world.DISTANCE * world.FRAMES_PER_CELL)}
         filled = {unit * 2 for unit in range(5, scene.stop_unit + 1, 5) if unit < world.NUM_UNITS}
         switched = {2 * unit for on in (*scene.blinks, scene.flash_unit) for unit in (on, on + 1)}
         assert changed == moves | filled | switched | {2 * unit for unit in scene.appear}
@@ -213,7 +213,7 @@ def test_a_study_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_results_of_another_world_stop_a_study(folder: Path, tmp_path: Path) -> None:
-    for name in ("world", "base", "results", "prepared"):
+    for name in ("world", "base-0", "base-1", "results", "prepared"):
         (tmp_path / name).symlink_to(folder / name)
     other = tmp_path / "other"
     other.mkdir()

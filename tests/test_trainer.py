@@ -253,12 +253,6 @@ def test_a_bad_row_ends_training_with_its_name(
             Run(recipe_of(words)).train()
 
 
-def test_a_nan_is_not_hidden(train: Callable[..., tuple[Path, Summary]]) -> None:
-    """transformers replaces NaN by the mean loss in its logs unless told otherwise."""
-    output, _ = train("run", optim__lr=1e12, optim__max_grad_norm=1e12, optim__scheduler="constant")
-    assert "nan" in [line["loss"] for line in metrics(output)]
-
-
 def test_resuming_from_nothing_is_refused(train: Callable[..., tuple[Path, Summary]]) -> None:
     with pytest.raises(RecipeError, match=r"train\.resume"):
         train("run", train__resume=True)

@@ -8,10 +8,13 @@ from benchmarks.proof.runs import Selection
 
 UNIFORM = "{kind: uniform, min: 0.0, max: 0.9}"
 MIXTURE = "{kind: mixture, dense: 0.2, of: {kind: uniform, min: 0.3, max: 0.92}}"
+HIGH = "{kind: mixture, dense: 0.2, of: {kind: uniform, min: 0.6, max: 0.92}}"
+BETA = "{kind: beta, mode: 0.75, max: 0.83}"
 
 PLUG = "plug-and-play"
 DENSE = "dense SFT"
 NVIDIA = "beta .75"
+BOTH = "dense and beta .75"
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,11 @@ ARMS: dict[str, Arm] = {
     DENSE: Arm(("evs.rate=0.0",)),
     "fixed .75": Arm(("evs.rate=0.75",)),
     "uniform": Arm((f"evs.rate={UNIFORM}",)),
-    NVIDIA: Arm(("evs.rate={kind: beta, mode: 0.75, max: 0.83}",)),
+    NVIDIA: Arm((f"evs.rate={BETA}",)),
     "frame-based .75": Arm(("evs.rate={kind: unit_beta, mode: 0.75}",)),
     "mixture": Arm((f"evs.rate={MIXTURE}",)),
+    "dense and high": Arm((f"evs.rate={HIGH}",)),
+    BOTH: Arm((f"evs.rate={{kind: mixture, dense: 0.2, of: {BETA}}}",)),
     "mixture + teacher": Arm((f"evs.rate={MIXTURE}", "objective.kind=teacher")),
     "sandwich": Arm((f"evs.rate={UNIFORM}", "objective.kind=sandwich")),
     f"{PLUG}, random tokens": Arm(None, "random"),
@@ -47,11 +52,17 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run. Rates include 0, with which everything is compared; `batch`: clips of a step."""
+    """How much is run.
+
+    Attributes:
+        base_steps: of each training of the base, one after the other.
+        rates: with 0 among them, with which everything is compared.
+        batch: clips of a step.
+    """
 
     num_train: int
     num_heldout: int
-    base_steps: int
+    base_steps: tuple[int, ...]
     arm_steps: int
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
@@ -60,10 +71,10 @@ class Size:
 
 
 _RATES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9)
-_DECIDING = (PLUG, DENSE, NVIDIA, "uniform", "mixture", f"{PLUG}, random tokens", f"{PLUG}, whole units")
+_DECIDING = (PLUG, DENSE, NVIDIA, "mixture", BOTH, f"{PLUG}, random tokens", f"{PLUG}, whole units")
 SIZES: dict[str, Size] = {
-    "mini": Size(6, 6, 3, 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9), batch=4),
-    "default": Size(4000, 600, 800, 200, (0, 1), _DECIDING, _RATES),
-    "full": Size(4000, 600, 800, 200, (0, 1, 2), tuple(ARMS), _RATES),
+    "mini": Size(6, 6, (2, 1), 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9), batch=4),
+    "default": Size(4000, 600, (800, 400), 200, (0, 1), _DECIDING, _RATES),
+    "full": Size(4000, 600, (800, 400), 200, (0, 1, 2), tuple(ARMS), _RATES),
 }
 """`full` goes on from `default`: same world, base and steps, so what that has done is not done again."""

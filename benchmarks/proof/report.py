@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 
+from benchmarks.environment import environment
 from benchmarks.proof.plan import ARMS, DENSE, NVIDIA, PLUG
 from benchmarks.proof.statistics import Draws, Figure, Right
 from benchmarks.proof.world import NEEDS
@@ -26,11 +27,12 @@ MIN_GAP = 0.02
 """Of accuracy."""
 
 OfRate = dict[str, Right]
+PACKAGES = ("evs-train", "torch", "transformers", "accelerate", "numpy")
 
 
 def write_report(folder: Path) -> str:
     """Write `report.json`, `report.png` and `report.md` into `folder`; returns the last one's text."""
-    found = report_of(read_results(folder / "results"))
+    found = report_of(read_results(folder / "results")) | {"environment": environment(PACKAGES)}
     (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     picture(found, folder / "report.png")
     text = "\n\n".join(tables(found)) + "\n"
@@ -194,7 +196,8 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
     panels = list(axes.flat)
     colours = mpl.colormaps["tab20"]
     for place, (name, arm) in enumerate(found["arms"].items()):
-        style = {"color": colours(place % 20), "linestyle": "--" if PLUG in name else "-", "marker": ".", "label": name}
+        colour = colours(2 * place % 20 + place // 10 % 2)  # neighbours in the map are two shades of one colour
+        style = {"color": colour, "linestyle": "--" if PLUG in name else "-", "marker": ".", "label": name}
         _line(panels[0], arm["rates"], "accuracy", style)
         _line(panels[1], arm["rates"], "gap_closed", style)
         for panel, part in zip(panels[2:], groups, strict=False):
@@ -211,7 +214,7 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
     panels[1].set_ylim(-0.5, 1.2)
     for panel in panels[len(titles) :]:
         panel.axis("off")
-    panels[-1].legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="center")
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=5, loc="outside lower center")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

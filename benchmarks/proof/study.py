@@ -33,6 +33,7 @@ from evs_train.recipe import load_recipe
 
 HERE = Path(__file__).parent
 Say = Callable[[str], None]
+LATER_LR = 1e-3  # half of the first
 
 
 class Study:
@@ -76,17 +77,26 @@ class Study:
                     yield name, seed
 
     def train_base(self) -> Path:
-        """The base checkpoint, trained dense from random weights."""
-        output = self.folder / "base"
-        if (output / "export" / "config.json").is_file():
-            return output / "export"
-        random = build_base(self.folder / "random")
-        words = ["recipe=" + str(HERE / "base.yaml"), f"model.path={random}", f"train.steps={self.size.base_steps}"]
-        if any(output.glob("checkpoint-*")):
-            words.append("train.resume=true")
-        self.say(f"base: {self.size.base_steps} steps")
-        self._run_of(words, output).train()
-        return export_run(output).path
+        """The base checkpoint, trained dense from random weights, and then again with the learning rate warmed up anew.
+
+        After the first time motion was still being learned, so arms that went on dense gained what had nothing to do
+        with pruning.
+        """
+        base = build_base(self.folder / "random")
+        for number, steps in enumerate(self.size.base_steps):
+            output = self.folder / f"base-{number}"
+            words = ["recipe=" + str(HERE / "base.yaml"), f"model.path={base}", f"train.steps={steps}"]
+            base = output / "export"
+            if (base / "config.json").is_file():
+                continue
+            if any(output.glob("checkpoint-*")):
+                words.append("train.resume=true")
+            if number:
+                words.append(f"optim.lr={LATER_LR}")
+            self.say(f"base: {steps} steps")
+            self._run_of(words, output).train()
+            base = export_run(output).path
+        return base
 
     def run_arm(self, base: Path, name: str, arm: Arm, seed: int) -> dict[str, Any]:
         """Train one arm and let it answer; the content of its result file."""

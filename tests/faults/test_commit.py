@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,24 @@ def test_processes_write_into_one_folder_and_share_the_hashing(tmp_path: Path, m
     assert [one.path for one in found] == [tmp_path / "checkpoint-1"] * 3
     assert len(hashed) == 3
     assert all(len(files) == 2 for files in hashed.values())  # one when it is saved, one when it is verified
+
+
+def test_nobody_looks_at_files_that_another_process_still_writes(tmp_path: Path) -> None:
+    """safetensors writes under another name first, which is gone when it is looked at again."""
+
+    def save(ranks: Ranks) -> None:
+        def write(staging: Path) -> None:
+            content({"shard_0.pt": b"done"})(staging)
+            if ranks.rank:
+                half = staging / "checkpoint-1" / ".tmp"
+                half.write_bytes(b"half")
+                time.sleep(0.2)
+                half.rename(half.with_name("shard_1.pt"))
+
+        Checkpoints(tmp_path, ranks).save("checkpoint-1", 1, write)
+
+    assert Together(2).run(save) == [None, None]
+    assert Checkpoints(tmp_path).newest_whole().path == tmp_path / "checkpoint-1"
 
 
 def test_a_failure_on_one_process_is_raised_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,7 @@ def test_weights_that_are_too_large_end_the_run(
     options = {"optim__lr": 1e30, "optim__lr_by_part": {}, "train__max_skipped_steps": 2, "train__save_every": 1}
     words = words_of(tiny_checkpoint("qwen3_vl"), mixed_rows, tmp_path / "run", train__grad_accumulation=1, **options)
     assert uptrain.main(words) == NotFiniteError.exit_code == 5
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # what is for torchrun's processes is left out without it
     said = capfd.readouterr().err
     assert "error: step 3: loss or gradient is not finite" in said
     assert "3 steps were skipped" in said
