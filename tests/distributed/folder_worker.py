@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from evs_train import processes
-from evs_train.errors import EvsTrainError, report
+from evs_train.errors import EvsTrainError, leave, report
 
 if __name__ == "__main__":
     processes.SEEN_WITHIN_SECONDS = 1.0
@@ -14,5 +14,6 @@ if __name__ == "__main__":
     try:
         processes.share_folder(Path(sys.argv[1]))
     except EvsTrainError as error:
-        sys.exit(report(error))
+        leave(report(error))
     print("shared")
+    leave(0)
