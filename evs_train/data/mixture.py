@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import glob
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -210,7 +211,7 @@ def _fault(fault: Any) -> str:
 
 def _files(entry: str) -> tuple[Path, ...]:
     """The file, or those that a pattern matches, by name."""
-    if Path(entry).exists() or not glob.has_magic(entry):
+    if os.path.exists(entry) or not glob.has_magic(entry):  # of a name that is too long, Path.exists raises
         return (Path(entry),)
     files = tuple(map(Path, sorted(glob.glob(entry))))
     if not files:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -38,7 +39,7 @@ def read_file(path: Path) -> Rows:
         DataError: the file is missing, of an unknown kind, damaged, or empty.
     """
     suffix = "".join(path.suffixes[-2:]).lower() if path.suffix.lower() in _COMPRESSED else path.suffix.lower()
-    if path.is_dir():
+    if os.path.isdir(path):  # of a name that is too long, Path.is_dir raises
         reader: Callable[[Path], Rows] = _saved_dataset
     elif suffix.endswith(_COMPRESSED):
         raise DataError(f"{path}: a compressed file is not read", f"decompress it, to {path.stem}")
@@ -185,7 +186,7 @@ def _table(path: Path, kind: str) -> Rows:
         yield from _numbered(
             load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
         )
-    except ValueError as error:  # pyarrow's ArrowInvalid among them
+    except (ValueError, MemoryError) as error:  # pyarrow's; a damaged length may ask for more memory than there is
         raise DataError(f"{path}: cannot be read as {kind}: {error}", "write or copy the file again") from error
 
 

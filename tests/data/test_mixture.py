@@ -117,6 +117,12 @@ def test_patterns_are_one_source(tmp_path: Path) -> None:
         listing(tmp_path, {"json_path": "t*.json"})
 
 
+@pytest.mark.parametrize(("name", "fault"), [("*.json", "no file matches"), (".json", "File name too long")])
+def test_a_name_that_no_file_system_takes(name: str, fault: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=fault):
+        listing(tmp_path, {"json_path": 300 * "a" + name})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
