@@ -25,7 +25,6 @@ Not for families that have one placeholder for images and videos.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.perf.device_half import Way, measure
 from benchmarks.perf.harness import Bench, Column, Group, Row, Size, ratio
 from benchmarks.perf.pruning import figures
-from benchmarks.perf.runs import Step, Workload
+from benchmarks.perf.runs import Plan, Step, Workload
 from benchmarks.perf.shapes import CPU, QWEN_2B, TOY, qwen3_vl_8b
 from evs_train.collate import PlannedItem
 from evs_train.data.template import IGNORE_INDEX
@@ -177,15 +176,6 @@ def is_real(batch: dict[str, Any]) -> Tensor:
     index = batch["index"]
     real = torch.zeros_like(batch["input_ids"]).flatten()
     return real.index_fill(0, torch.cat([index["always"], index["video"]]), 1).view_as(batch["input_ids"])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a size measures: batches of two videos of different length."""
-
-    works: tuple[Workload, ...]
-    frames: tuple[int, ...]
-    rounds: int
 
 
 PLANS: dict[Size, Plan] = {

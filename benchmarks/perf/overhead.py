@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,21 +19,12 @@ from transformers import Trainer
 
 from benchmarks.perf.harness import Bench, Column, Group, Row, Size, Spread, alternate, ratio
 from benchmarks.perf.live import LiveTrainer
-from benchmarks.perf.runs import ScriptedRun, Step, Workload, silence
+from benchmarks.perf.runs import Plan, ScriptedRun, Step, Workload, silence
 from benchmarks.perf.shapes import CPU, QWEN_2B, TOY
 from evs_train.data.video import video_metadata
 from evs_train.models.base import frames_tensor
 
 WARMUP = 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a size measures: models, frames of the rows of a batch, rounds that count."""
-
-    works: tuple[Workload, ...]
-    frames: tuple[int, ...]
-    rounds: int
 
 
 PLANS: dict[Size, Plan] = {

@@ -73,6 +73,15 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a size of a group measures: models, frames of clips, rounds that count."""
+
+    works: tuple[Workload, ...]
+    frames: tuple[int, ...]
+    rounds: int
+
+
+@dataclass(frozen=True)
 class ByStep(RateSampler):
     """The rates of a script."""
 

@@ -20,20 +20,11 @@ import torch
 from benchmarks.perf.harness import Bench, Column, Group, Row, Size, Spread, ratio, turns
 from benchmarks.perf.limit import Cost, Tokens, cost_of, tokens_of
 from benchmarks.perf.machine import Machine, measure_machine
-from benchmarks.perf.runs import Measured, ScriptedRun, Step, StepClock, Workload, estimate
+from benchmarks.perf.runs import Measured, Plan, ScriptedRun, Step, StepClock, Workload, estimate
 from benchmarks.perf.shapes import CPU, QWEN_2B, TOY, TOY_NEMOTRON, nemotron, qwen3_vl_8b
 
 RATES = (0.0, 0.5, 0.75, 0.9)
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a size measures. `rounds` are timed, after one that is not."""
-
-    works: tuple[Workload, ...]
-    frames: tuple[int, ...]
-    rounds: int
 
 
 PLANS: dict[Size, Plan] = {
