@@ -19,8 +19,8 @@ from benchmarks.proof.runs import PIXELS, ExampleCache, StudyHook, whole_units
 from benchmarks.proof.scoring import answers, choice_tokens, slots_of
 from benchmarks.proof.statistics import Draws
 from benchmarks.proof.study import Study
+from evs_train.checkpoint import read_record
 from evs_train.collate import Collator
-from evs_train.config import Recipe
 from evs_train.data.batches import Examples
 from evs_train.errors import DataError
 from evs_train.inputs import Inputs
@@ -179,7 +179,7 @@ def test_whole_units_fill_the_budget_exactly() -> None:
 
 def test_every_arm_is_answered_once_by_seed(folder: Path) -> None:
     results = read_results(folder / "results")
-    trained = {"mixture", DENSE, "uniform, whole units"} | ({"sandwich"} & _with_objectives())
+    trained = {"mixture", DENSE, "uniform, whole units", "sandwich"}
     assert {(one["arm"], one["seed"]) for one in results} == {
         (PLUG, 0),
         *((name, s) for name in trained for s in (0, 1)),
@@ -189,10 +189,6 @@ def test_every_arm_is_answered_once_by_seed(folder: Path) -> None:
         assert set(one["right"]) == {"0", "0.75", "0.9"}
         assert all(len(rows) == 5 and {len(row) for row in rows} == {7} for rows in one["right"].values())
         assert one["cameras"] == ["still", "noise", "pan", "still", "noise"]
-
-
-def _with_objectives() -> set[str]:
-    return {"sandwich"} if "objective" in Recipe.model_fields else set()
 
 
 def test_a_study_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +219,26 @@ def test_results_of_another_world_stop_a_study(folder: Path, tmp_path: Path) -> 
     other.rename(tmp_path / "results")
     with pytest.raises(DataError, match="another world"):
         Study(tmp_path, MINI, say=lambda line: None).run()
+
+
+def test_results_of_longer_arms_stop_a_study(folder: Path) -> None:
+    longer = dataclasses.replace(MINI, arm_steps=4)
+    with pytest.raises(DataError, match="took 3 steps instead of 4"):
+        Study(folder, longer, say=lambda line: None).run()
+
+
+def test_a_wider_model_goes_through_the_same_study(folder: Path, tmp_path: Path) -> None:
+    for name in ("world", "prepared"):
+        (tmp_path / name).symlink_to(folder / name)
+    study = Study(
+        tmp_path, dataclasses.replace(MINI, arms=(PLUG, "mixture"), seeds=(0,), width=2), say=lambda line: None
+    )
+    study.run()
+    assert {one["arm"] for one in read_results(tmp_path / "results")} == {PLUG, "mixture"}
+    sizes = [(at / "random" / "model.safetensors").stat().st_size for at in (folder, tmp_path)]
+    assert 3.0 < sizes[1] / sizes[0] < 4.0
+    record = read_record(tmp_path / "base-0")
+    assert record["recipe"]["optim"]["lr"] == 1.0e-3
 
 
 def test_every_arm_is_a_recipe(tmp_path: Path) -> None:

@@ -19,10 +19,18 @@ PATCH = 8
 TOKENS_PER_UNIT = (world.SIDE // PATCH) ** 2
 INITIALIZER_RANGE = 0.07  # near the root of 1 / width: with the 0.02 of wide models this one learns far later
 POSITION_RANGE = 0.5  # of places in a picture: near the size of embedded patches, so that a place can be told
+_WIDTHS = {
+    "text_config": ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    "vision_config": ("hidden_size", "intermediate_size", "num_heads", "out_hidden_size"),
+}
 
 
-def build_base(folder: Path, seed: int = 0) -> Path:
-    """Write processor and random weights into `folder`, unless they are there; returns it."""
+def build_base(folder: Path, seed: int = 0, width: int = 1) -> Path:
+    """Write processor and random weights into `folder`, unless they are there; returns it.
+
+    Args:
+        width: heads of the encoder and of the language model, and with them all their widths, are multiplied by it.
+    """
     if (folder / "model.safetensors").is_file():
         return folder
     with torch.random.fork_rng(devices=[]):
@@ -36,7 +44,10 @@ def build_base(folder: Path, seed: int = 0) -> Path:
         config.vision_config.patch_size, config.vision_config.spatial_merge_size = PATCH, 1
         config.vision_config.num_position_embeddings = TOKENS_PER_UNIT
         for part in (config, config.text_config, config.vision_config):
-            part.initializer_range = INITIALIZER_RANGE
+            part.initializer_range = INITIALIZER_RANGE / width**0.5
+        for part, names in _WIDTHS.items():
+            for name in names:
+                setattr(getattr(config, part), name, width * getattr(getattr(config, part), name))
         model = hf.Qwen3VLForConditionalGeneration(config)
         torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=POSITION_RANGE)
     ids = config.get_text_config()

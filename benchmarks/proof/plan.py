@@ -10,11 +10,12 @@ UNIFORM = "{kind: uniform, min: 0.0, max: 0.9}"
 MIXTURE = "{kind: mixture, dense: 0.2, of: {kind: uniform, min: 0.3, max: 0.92}}"
 HIGH = "{kind: mixture, dense: 0.2, of: {kind: uniform, min: 0.6, max: 0.92}}"
 BETA = "{kind: beta, mode: 0.75, max: 0.83}"
+FRAME = "{kind: unit_beta, mode: 0.75}"
 
 PLUG = "plug-and-play"
 DENSE = "dense SFT"
 NVIDIA = "beta .75"
-BOTH = "dense and beta .75"
+BEST = "dense and frame-based .75"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ ARMS: dict[str, Arm] = {
     PLUG: Arm(None),
     DENSE: Arm(("evs.rate=0.0",)),
     "fixed .75": Arm(("evs.rate=0.75",)),
+    "fixed .9": Arm(("evs.rate=0.9",)),
     "uniform": Arm((f"evs.rate={UNIFORM}",)),
     NVIDIA: Arm((f"evs.rate={BETA}",)),
-    "frame-based .75": Arm(("evs.rate={kind: unit_beta, mode: 0.75}",)),
+    "frame-based .75": Arm((f"evs.rate={FRAME}",)),
     "mixture": Arm((f"evs.rate={MIXTURE}",)),
     "dense and high": Arm((f"evs.rate={HIGH}",)),
-    BOTH: Arm((f"evs.rate={{kind: mixture, dense: 0.2, of: {BETA}}}",)),
+    "dense and beta .75": Arm((f"evs.rate={{kind: mixture, dense: 0.2, of: {BETA}}}",)),
+    BEST: Arm((f"evs.rate={{kind: mixture, dense: 0.2, of: {FRAME}}}",)),
     "mixture + teacher": Arm((f"evs.rate={MIXTURE}", "objective.kind=teacher")),
     "sandwich": Arm((f"evs.rate={UNIFORM}", "objective.kind=sandwich")),
     f"{PLUG}, random tokens": Arm(None, "random"),
@@ -47,7 +50,8 @@ ARMS: dict[str, Arm] = {
     "uniform, random tokens": Arm((f"evs.rate={UNIFORM}",), "random"),
     "uniform, whole units": Arm((f"evs.rate={UNIFORM}",), "frames"),
 }
-"""Every arm by the name that it has in the results. `beta` and `frame-based` are NVIDIA's published samplers."""
+"""Every arm by the name that it has in the results. `beta` and `frame-based` are NVIDIA's published samplers. What
+`fixed .9` reaches at .9 shows what can be read there at all."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Size:
         base_steps: of each training of the base, one after the other.
         rates: with 0 among them, with which everything is compared.
         batch: clips of a step.
+        width: of the model, as a multiple of the small one's; learning rates are divided by it.
     """
 
     num_train: int
@@ -68,13 +73,16 @@ class Size:
     arms: tuple[str, ...]
     rates: tuple[float, ...]
     batch: int = 32
+    width: int = 1
 
 
 _RATES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9)
-_DECIDING = (PLUG, DENSE, NVIDIA, "mixture", BOTH, f"{PLUG}, random tokens", f"{PLUG}, whole units")
+_DECIDING = (PLUG, DENSE, NVIDIA, BEST, f"{PLUG}, random tokens", f"{PLUG}, whole units")
 SIZES: dict[str, Size] = {
     "mini": Size(6, 6, (2, 1), 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9), batch=4),
-    "default": Size(4000, 600, (800, 400), 200, (0, 1), _DECIDING, _RATES),
-    "full": Size(4000, 600, (800, 400), 200, (0, 1, 2), tuple(ARMS), _RATES),
+    "default": Size(4000, 600, (800, 400), 400, (0,), _DECIDING, _RATES),
+    "full": Size(4000, 600, (800, 400), 400, (0, 1, 2), tuple(ARMS), _RATES),
+    "gpu": Size(20000, 2000, (4000, 2000), 2000, (0, 1, 2), tuple(ARMS), _RATES, width=4),
 }
-"""`full` goes on from `default`: same world, base and steps, so what that has done is not done again."""
+"""`full` goes on from `default`: same world, base and steps, so what that has done is not done again. `gpu` is for one
+GPU: more clips, longer trainings, about 16 times the parameters. It needs a folder of its own and was never run."""

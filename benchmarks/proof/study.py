@@ -62,7 +62,7 @@ class Study:
         for name, seed in self.plan():
             file = self.results / f"{_slug(name)}-{seed}.json"
             if file.is_file():
-                _check_same_world(file, self.fingerprint)
+                self._check_same_study(file)
                 self.say(f"{name}, seed {seed}: done before")
                 continue
             result = self.run_arm(base, name, ARMS[name], seed)
@@ -82,7 +82,7 @@ class Study:
         After the first time motion was still being learned, so arms that went on dense gained what had nothing to do
         with pruning.
         """
-        base = build_base(self.folder / "random")
+        base = build_base(self.folder / "random", width=self.size.width)
         for number, steps in enumerate(self.size.base_steps):
             output = self.folder / f"base-{number}"
             words = ["recipe=" + str(HERE / "base.yaml"), f"model.path={base}", f"train.steps={steps}"]
@@ -130,18 +130,28 @@ class Study:
         found = answers(heldout.family, model, rows, self.size.rates, arm.selection)
         return result | {"questions": list(world.FACTS), "cameras": [camera for _, camera, _ in ids], "right": found}
 
+    def _check_same_study(self, file: Path) -> None:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["fingerprint"] != self.fingerprint:
+            raise DataError(
+                f"{file}: comes from another world", "its arms cannot be compared with new ones: name another folder"
+            )
+        if result.get("steps", self.size.arm_steps) != self.size.arm_steps:
+            raise DataError(
+                f"{file}: took {result['steps']} steps instead of {self.size.arm_steps}",
+                "its arms cannot be compared with new ones: name another folder",
+            )
+
     def _run_of(self, words: list[str], output: Path, arm: Arm | None = None) -> StudyRun:
         return StudyRun(self._recipe(words, output), self.cache, "evs" if arm is None else arm.selection, self.say)
 
     def _recipe(self, words: list[str], output: Path) -> Recipe:
         rows = f"data.rows={self.folder / 'world' / 'train.jsonl'}"
         size = f"train.batch_size={self.size.batch}"
-        return load_recipe([words[0], rows, size, f"output_dir={output}", *words[1:]])
-
-
-def _check_same_world(file: Path, fingerprint: str) -> None:
-    if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-        raise DataError(f"{file}: comes from another world", "its arms cannot be compared with new ones: name another")
+        recipe = load_recipe([words[0], rows, size, f"output_dir={output}", *words[1:]])
+        rates = {part: lr / self.size.width for part, lr in recipe.optim.lr_by_part.items()}
+        optim = recipe.optim.model_copy(update={"lr": recipe.optim.lr / self.size.width, "lr_by_part": rates})
+        return recipe.model_copy(update={"optim": optim})
 
 
 def _slug(name: str) -> str:
