@@ -183,7 +183,7 @@ def draw(axes: Any, rows: Sequence[Row]) -> None:
     axes.plot([share for _, share in weighed], [name for name, _ in weighed], "D", color="black", markersize=4)
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.tick_params(axis="y", labelsize=6)
-    axes.set_xlabel("times as fast; diamonds: peak memory, of the step without")
+    axes.set_xlabel("times as fast (diamonds: share of the memory)")
 
 
 GROUP = Group("each saving against the step without it", run, COLUMNS, draw)
