@@ -27,7 +27,7 @@ SIDES = ("without", "first", "second")
 MAX_GIB = 8
 PLANS: dict[Size, Plan] = {
     "toy": Plan(TOY, (64, 12), 8, (0,), 1, 2, 1),
-    "cpu": Plan(CPU_2B, (160, 32), 32, (1,), 1, NUM_CLIPS - 1, 3),
+    "cpu": Plan(CPU_2B, (160, 24), 24, (1,), 1, NUM_CLIPS - 1, 3),
     "gpu": Plan(QWEN_2B, (640, 300), 64, (8,), 1, NUM_CLIPS - 1, 3),
 }
 

@@ -110,7 +110,7 @@ class Plan:
 
 PLANS: dict[Size, Plan] = {
     "toy": Plan(Workload(TOY, "full"), 8, 1),
-    "cpu": Plan(Workload(CPU_2B, "full"), 32, 5),
+    "cpu": Plan(Workload(CPU_2B, "full"), 24, 5),
     "gpu": Plan(Workload(QWEN_2B, "full"), 64, 10),
 }
 

@@ -62,8 +62,8 @@ NARROW: dict[str, Any] = SMALL | {
     "num_key_value_heads": 1,
 }
 NARROW_VISION: dict[str, Any] = SMALL_VISION | {"out_hidden_size": 128}
-# Qwen3-VL 2B in small: the head has 22 % of the weights of the layers, as there, and of the operations of a dense step
-# the frozen tower has about as large a share at 32 frames of 160 pixels as there at 64 frames of 448 (23 %).
+# Qwen3-VL 2B in small: the head has 22 % of the weights of the layers, as there, and the frozen tower has a quarter of
+# the operations of a dense step at 24 frames of 160 pixels (24 % at 32 frames; there 23 % at 64 frames of 448).
 IN_SMALL: dict[str, Any] = SMALL | {"vocab_size": 6144, "tie_word_embeddings": True}
 IN_SMALL_VISION: dict[str, Any] = SMALL_VISION | {"hidden_size": 192, "intermediate_size": 768}
 # fmt: on
