@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import feature_cache
 from evs_train import cli
 from evs_train.check import check
 from evs_train.config import Recipe
@@ -443,13 +442,3 @@ def test_counts_are_since_the_last_log(recipe: Callable[..., Recipe]) -> None:
     rare = train(recipe("rare", train__log_every=100))
     assert total(every, "hits") == total(rare, "hits")
     assert total(every, "bytes_read") == total(rare, "bytes_read")
-
-
-def test_the_benchmark_runs(tmp_path: Path) -> None:
-    feature_cache.main(["--size", "toy", "--out", str(tmp_path / "results.json")])
-    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert found["settings"]["size"] == "toy"
-    results = found["results"]
-    assert set(results["seconds"]) == {"without", "first", "second"}
-    assert results["second_epoch_is_faster"]["than_the_first"]["median"] > 0
-    assert results["disk_mib"] == pytest.approx(results["estimated_mib"], rel=0.1)

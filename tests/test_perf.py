@@ -133,6 +133,20 @@ def test_the_page_has_the_tables_that_the_command_prints() -> None:
         assert not missing, "put what `python -m benchmarks.perf.estimates` prints into docs/performance.md"
 
 
+def test_estimates_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    kept = {"model": "a", "tuning": "lora", "frames": 64, "rate": 0.5, "peak_gib": 2.0, "estimate_gib": 1.5}
+    groups = {
+        "step": [kept, {**kept, "frames": 32}, {"rate": 0.0, "frames": 64, "note": "out of memory"}],
+        "scale": [{**kept, "rate": 0.0, "frames": 512}, {"rate": 0.0, "held_gib": 1.0}],
+    }
+    path = tmp_path / "perf.json"
+    path.write_text(json.dumps({"groups": {name: {"rows": rows} for name, rows in groups.items()}}))
+    assert list(estimates.measured(path))[2:] == [
+        "| a | lora | 64 | 0.5 | 1.50 | 2.00 | 75% |",
+        "| a | lora | 512 | 0 | 1.50 | 2.00 | 75% |",
+    ]
+
+
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench("toy", CPU, tmp_path / "bench", say=lambda line: None)
@@ -240,4 +254,5 @@ def test_all_groups_run_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert over["evs_train"]["count"] == over["trainer"]["count"] == 2
     measured = [row for row in first["groups"]["scale"]["rows"] if "seconds" in row]
     assert [(row["rate"], row["frames"]) for row in measured] == [(q, f) for q in (0, 0.75) for f in (8, 16, 32)]
-    assert [row["peak_gib"] for row in measured[:3]] == sorted(row["peak_gib"] for row in measured[:3])
+    for name in ("peak_gib", "estimate_gib"):
+        assert 0 < measured[0][name] < measured[1][name] < measured[2][name]

@@ -19,7 +19,9 @@ from benchmarks.perf.harness import Bench
 from benchmarks.perf.packing import BATCHINGS, PLANS, Mix
 from benchmarks.perf.runs import ScriptedRun, Step, Workload
 from benchmarks.perf.shapes import TOY
+from benchmarks.perf.sides import Found, compared
 from benchmarks.perf.waits import noted_waits
+from benchmarks.perf.without import BUCKET, Bucketed, PositionsInForward
 from evs_train.trainer import UptrainTrainer
 
 CPU = torch.device("cpu")
@@ -163,11 +165,36 @@ def test_not_dropping_keeps_every_feature(trainer: Any) -> None:
     assert sum(map(len, kept)) == sum(len(layer) for video in half.encoding[0]["video"] for layer in video)
 
 
+def test_positions_in_the_forward_are_those_of_the_workers(tmp_path: Path) -> None:
+    run = ScriptedRun(Workload(TOY, "full"), [Step((8,), 0.75)], Bench("toy", CPU, tmp_path, lambda line: None))
+    hook, batch = run.build_trainer().hook, run.collator([run.stream[0]])
+    ours = hook.prune(batch)
+    hook.__class__ = Bucketed
+    padded = hook.prune(batch)
+    hook.__class__ = PositionsInForward
+    theirs = hook.prune({**batch, "position_ids": None, "index": None})
+    for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+        assert torch.equal(ours[name], theirs[name]), name
+    assert padded["input_ids"].shape == (1, BUCKET) != ours["input_ids"].shape
+    assert padded["attention_mask"].sum() == ours["attention_mask"].sum() == ours["input_ids"].numel()
+
+
+def test_sides_that_compute_something_else_have_no_figures() -> None:
+    plain = Found([2.0, 6.0], 100, [(1.0, 2.0), (1.0, 2.0)])
+    same = Found([1.0, 3.0], 50, [(1.0, 2.0), (1.0, 2.000001)])
+    row = compared(plain, same, 1e-5)
+    assert (row["faster"].median, row["memory"]) == (2, 0.5)
+    assert row["differ"] == pytest.approx(5e-7, rel=1e-3)
+    assert compared(plain, same, 0.0).keys() == {"differ", "note"}
+    other = Found([1.0, 3.0], 50, [(1.0, 2.0), (1.1, 2.0)])
+    assert compared(plain, other, 1e-2).keys() == {"differ", "note"}
+
+
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Rows of each group at toy size, as they stand in the JSON file."""
     out = tmp_path_factory.mktemp("perf") / "perf.json"
-    names = ["pruning", "alternatives", "packing", "loader"]
+    names = ["pruning", "alternatives", "packing", "loader", "savings"]
     assert command.main(["--size", "toy", "--groups", *names, "--out", str(out)]) == 0
     assert out.with_suffix(".png").stat().st_size > 10_000
     return {name: group["rows"] for name, group in json.loads(out.read_text())["groups"].items()}
@@ -206,3 +233,18 @@ def test_waiting_is_what_the_trainer_says(groups: dict[str, list[dict[str, Any]]
     for row in rows:
         assert 0 < row["wait_ms"]["median"] / 1000 < row["seconds"]["median"]
         assert 0 < row["share"]["median"] < 1
+
+
+def test_each_saving_is_the_same_step_made_cheaper(groups: dict[str, list[dict[str, Any]]]) -> None:
+    rows = {(row["saving"], row["rate"]): row for row in groups["savings"]}
+    measured = {name: row for name, row in rows.items() if "faster" in row}
+    assert {row["note"] for name, row in rows.items() if name not in measured} == {"not measured on this device"}
+    assert len(measured) == 10
+    assert all(row["before_seconds"]["median"] > 0 for row in measured.values())
+    memory = {name: row["memory"] for name, row in measured.items() if "memory" in row}
+    assert memory[("logits of supervised tokens", 0)] < memory[("logits of supervised tokens", 0.75)] < 1
+    assert memory[("passes over one encoding", 0.75)] > 1  # all passes at once
+    parts = [memory[(f"{part} recomputed", 0.75)] for part in ("both", "language model", "vision tower")]
+    assert parts[0] == min(parts)
+    assert max(parts) < 1
+    assert rows[("kept features: epoch that reads", 0.75)]["limit"] > 1

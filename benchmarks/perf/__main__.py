@@ -26,7 +26,7 @@ from benchmarks.environment import environment
 from benchmarks.perf.harness import SIZES, Bench, Group, Row, Size, Spread, as_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-GROUPS = ("step", "overhead", "scale", "pruning", "alternatives", "packing", "loader")
+GROUPS = ("step", "overhead", "scale", "pruning", "alternatives", "packing", "loader", "savings")
 """Names of modules of this package, each with a `GROUP`."""
 PACKAGES = ("evs-train", "torch", "transformers", "peft", "accelerate")
 

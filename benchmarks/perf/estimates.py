@@ -1,8 +1,9 @@
-"""What can be said of speed and memory without running a model: the two tables of docs/performance.md.
+"""What can be said of speed and memory without running a model: three tables of docs/performance.md.
 
 `python -m benchmarks.perf.estimates` prints them: the limit of the speed-up for released models, from operations alone
 (a machine whose memory is never in the way), and the memory that `evs-train check` would estimate for recipes on one
-GPU and on many. All of it is computed from shapes: no weights, no GPU, a minute.
+GPU and on many. These are computed from shapes: no weights, no GPU, a minute. The third has such estimates beside the
+peaks that `make bench` measured, from the file that it left.
 """
 
 from __future__ import annotations
@@ -62,11 +63,12 @@ SETTINGS = (
     Setting("4 nodes of 8 GPUs", qwen3_vl_8b(), "qwen3_vl_8b", (), 32, 256),
 )
 MEMORY_RATES = (0.0, 0.75)
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def main() -> int:
-    """Print both tables."""
-    for table in (limits(), memories()):
+    """Print the tables."""
+    for table in (limits(), memories(), measured(RESULTS / "perf_cpu.json")):
         print("\n".join(table), end="\n\n")
     return 0
 
@@ -119,6 +121,20 @@ def _memories_of(setting: Setting, folder: Path) -> Iterator[str]:
             setting.name, setting.shape.name, shown, setting.frames, f"{rate:g}", f"{count:,}",
             *(f"{figure:.1f}" for figure in figures),
         )  # fmt: skip
+
+
+def measured(path: Path) -> Iterator[str]:
+    """Lines of Markdown: GiB as estimated and as measured, of the longest clips of each model in `step` and `scale`."""
+    yield from _heading("model", "tuning", "frames", "rate", "estimated, GiB", "measured, GiB", "estimated / measured")
+    groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
+    for name in ("step", "scale"):
+        rows = [row for row in groups[name]["rows"] if "estimate_gib" in row]
+        longest = {row["model"]: row["frames"] for row in sorted(rows, key=lambda row: row["frames"])}
+        for row in rows:
+            if row["frames"] == longest[row["model"]]:
+                said, found = row["estimate_gib"], row["peak_gib"]
+                figures = (f"{row['rate']:g}", f"{said:.2f}", f"{found:.2f}", f"{said / found:.0%}")
+                yield _line(row["model"], row["tuning"], row["frames"], *figures)
 
 
 def _heading(*names: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.perf.harness import Bench, Column, Group, Row, Size, Spread, turns
-from benchmarks.perf.runs import ANSWER, QUESTION, RandomWeights
+from benchmarks.perf.runs import ANSWER, QUESTION, Changes, RandomWeights, benchmark_recipe
 from benchmarks.perf.shapes import CPU, QWEN_2B, TOY, Shape, write_checkpoint
 from evs_train.config import Recipe
 from evs_train.data.synthetic import write_dataset
@@ -114,33 +114,30 @@ def write_rows(plan: Plan, folder: Path) -> Path:
     return path
 
 
-def recipe_of(plan: Plan, workers: int, rows: Path, checkpoint: Path, bench: Bench) -> Recipe:
+def recipe_of(
+    plan: Plan, workers: int, rows: Path, checkpoint: Path, bench: Bench, *, changes: Changes | None = None
+) -> Recipe:
     """A run of one row a step; frames are resized to the side of the shape."""
     pixels = plan.frames * plan.shape.side**2
-    return Recipe.model_validate(
-        {
-            "recipe": "benchmark",
-            "output_dir": str(bench.folder / f"run {workers}"),
-            "model": {"path": str(checkpoint), "dtype": "float32" if bench.device.type == "cpu" else "bfloat16"},
-            "data": {
-                "rows": [str(rows)],
-                "fps": None,
-                "num_frames": plan.frames,
-                "num_workers": workers,
-                "video_kwargs": {"size": {"shortest_edge": pixels // plan.frames, "longest_edge": pixels}},
-            },
-            "evs": {"rate": RATE},
-            "tuning": {"method": "lora"},
-            "train": {
-                "steps": plan.between * (plan.logs + 1),
-                "batch_size": 1,
-                "log_every": plan.between,
-                "gradient_checkpointing": False,
-            },
-            "tracking": {"wandb": False},
-            "export": {"enabled": False},
-        }
-    )
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"path": str(checkpoint), "dtype": "float32" if bench.device.type == "cpu" else "bfloat16"},
+        "data": {
+            "rows": [str(rows)],
+            "fps": None,
+            "num_frames": plan.frames,
+            "num_workers": workers,
+            "video_kwargs": {"size": {"shortest_edge": pixels // plan.frames, "longest_edge": pixels}},
+        },
+        "evs": {"rate": RATE},
+        "tuning": {"method": "lora"},
+        "train": {
+            "steps": plan.between * (plan.logs + 1),
+            "batch_size": 1,
+            "log_every": plan.between,
+            "gradient_checkpointing": False,
+        },
+    }
+    return benchmark_recipe(bench.folder / f"run {workers}", sections, changes or {})
 
 
 COLUMNS = (

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,8 @@ from evs_train.uptrain import Run
 QUESTION = "<video>\nWhat happens in this video? Describe the scene at this time, and which object moves."
 ANSWER = "A red circle moves to the left. Then a blue square appears, turns, and leaves the screen at the top."
 FPS = 2.0
+Changes = Mapping[str, dict[str, Any]]
+"""Keys of a recipe by section."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,11 @@ class RandomWeights(Run):
 class ScriptedRun(RandomWeights):
     """A run of a script."""
 
-    def __init__(self, work: Workload, script: Sequence[Step], bench: Bench) -> None:
+    def __init__(self, work: Workload, script: Sequence[Step], bench: Bench, *changes: Changes) -> None:
+        """`changes`: keys of the recipe that are not as in the other groups."""
         self.script = tuple(script)
         clips = sorted({frames for step in script for frames in step.frames})
-        super().__init__(_recipe(work, self.script, len(clips), bench), bench)
+        super().__init__(_recipe(work, self.script, len(clips), bench, changes), bench)
         rates = Rates(ByStep(tuple(step.rate for step in script)), cap=False)
         self.collator = dataclasses.replace(self.collator, rates=rates)
         rows = tuple(clips.index(frames) for step in script for frames in step.frames)
@@ -209,7 +212,7 @@ def silence(trainer: Any) -> None:
     trainer.pop_callback(PrinterCallback)
 
 
-def _recipe(work: Workload, script: Sequence[Step], num_clips: int, bench: Bench) -> Recipe:
+def _recipe(work: Workload, script: Sequence[Step], num_clips: int, bench: Bench, changes: Sequence[Changes]) -> Recipe:
     (batch_size,) = {len(step.frames) for step in script}
     folder = bench.folder / f"{work.shape.name}, {num_clips} clips"
     checkpoint = bench.folder / work.shape.name
@@ -218,25 +221,27 @@ def _recipe(work: Workload, script: Sequence[Step], num_clips: int, bench: Bench
     folder.mkdir(parents=True, exist_ok=True)
     rows = [conversation(str(number), folder) for number in range(num_clips)]
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    dtype = "float32" if bench.device.type == "cpu" else "bfloat16"
-    return Recipe.model_validate(
-        {
-            "recipe": "benchmark",
-            "output_dir": str(folder / "run"),
-            "model": {"path": str(checkpoint), "dtype": dtype},
-            "data": {"rows": [str(folder / "rows.json")], "num_frames": 1, "min_frames": 1, "num_workers": 0},
-            "evs": {"rate": 0.0},  # the script has the rates
-            "tuning": {"method": work.tuning},
-            "train": {
-                "steps": len(script),
-                "batch_size": batch_size,
-                "gradient_checkpointing": work.checkpointing,
-                "log_every": len(script) + 1,
-            },
-            "tracking": {"wandb": False},
-            "export": {"enabled": False},
-        }
-    )
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"path": str(checkpoint), "dtype": "float32" if bench.device.type == "cpu" else "bfloat16"},
+        "data": {"rows": [str(folder / "rows.json")], "num_frames": 1, "min_frames": 1, "num_workers": 0},
+        "evs": {"rate": 0.0},  # the script has the rates
+        "tuning": {"method": work.tuning},
+        "train": {
+            "steps": len(script),
+            "batch_size": batch_size,
+            "gradient_checkpointing": work.checkpointing,
+            "log_every": len(script) + 1,
+        },
+    }
+    return benchmark_recipe(folder / "run", sections, *changes)
+
+
+def benchmark_recipe(output_dir: Path, *sections: Changes) -> Recipe:
+    """A recipe of what `sections` say, later ones overruling; it exports nothing and speaks to no W&B."""
+    merged: dict[str, dict[str, Any]] = {"tracking": {"wandb": False}, "export": {"enabled": False}}
+    for name, keys in (item for one in sections for item in one.items()):
+        merged[name] = merged.get(name, {}) | keys
+    return Recipe.model_validate({"recipe": "benchmark", "output_dir": str(output_dir), **merged})
 
 
 @dataclass(frozen=True)

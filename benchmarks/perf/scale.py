@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from benchmarks.perf.harness import Bench, Column, Group, Row, Size, Spread, bytes_of
-from benchmarks.perf.runs import Measured, ScriptedRun, Step, StepClock, Workload, held_by
+from benchmarks.perf.limit import tokens_of
+from benchmarks.perf.runs import Measured, ScriptedRun, Step, StepClock, Workload, estimate, held_by
 from benchmarks.perf.shapes import CPU_NARROW, QWEN_2B, TOY
 
 RATES = (0.0, 0.75)
@@ -69,8 +70,8 @@ def run(bench: Bench) -> list[Row]:
     rows: list[Row] = []
     left = [Step((frames,), rate) for frames in plan.frames for rate in RATES]
     while left:
-        done, held = _measure(plan, left, bench)
-        rows += [_row_of(step, measured, plan) for step, measured in done.items()]
+        done, estimates, held = _measure(plan, left, bench)
+        rows += [_row_of(step, measured, plan) | {"estimate_gib": estimates[step]} for step, measured in done.items()]
         if len(done) == len(left):
             break
         refused = left[len(done)]  # memory was too small for it; longer clips at its rate need not be tried
@@ -80,8 +81,13 @@ def run(bench: Bench) -> list[Row]:
     return sorted(rows, key=lambda row: (row["rate"], row["frames"])) + [row for row in fits if row]
 
 
-def _measure(plan: Plan, steps: Sequence[Step], bench: Bench) -> tuple[dict[Step, list[Measured]], int]:
-    """Steps that memory sufficed for, in order, and the bytes that the model and its optimizer hold."""
+def _measure(
+    plan: Plan, steps: Sequence[Step], bench: Bench
+) -> tuple[dict[Step, list[Measured]], dict[Step, float], int]:
+    """Steps that memory sufficed for, in order.
+
+    Also what `evs-train check` says of the memory of every step (GiB), and the bytes that model and optimizer hold.
+    """
     bench.say(f"scale: {plan.work.shape.name}, up to {max(step.frames[0] for step in steps)} frames")
     script: list[Step] = []
     weighed: list[int] = []
@@ -100,6 +106,10 @@ def _measure(plan: Plan, steps: Sequence[Step], bench: Bench) -> tuple[dict[Step
     except torch.OutOfMemoryError:
         bench.say("scale: out of memory")
     held = bytes_of(held_by(trainer.model, trainer.optimizer))
+    plans = dict(zip(script, run_.plan_batches(len(script)), strict=True))
+    estimates = {
+        step: estimate(run_, trainer.model, tokens_of([of_step], run_.family)).total for step, of_step in plans.items()
+    }
     del trainer
     gc.collect()
     torch.cuda.empty_cache()
@@ -107,7 +117,7 @@ def _measure(plan: Plan, steps: Sequence[Step], bench: Bench) -> tuple[dict[Step
     for step, one in zip(script, clock.steps, strict=False):
         measured[step].append(one)
     whole = 2 + plan.rounds
-    return {step: measured[step] for step in steps if len(measured[step]) == whole}, held
+    return {step: measured[step] for step in steps if len(measured[step]) == whole}, estimates, held
 
 
 def _named(plan: Plan, rate: float) -> Row:
@@ -149,6 +159,7 @@ COLUMNS = (
     Column("frames", "frames"),
     Column("seconds", "seconds", ".3f"),
     Column("peak_gib", "peak GiB", ".2f"),
+    Column("estimate_gib", "estimate", ".2f"),
     Column("time_exponent", "time ~ frames^", ".2f"),
     Column("memory_exponent", "memory ~ frames^", ".2f"),
     Column("note", "note"),
