@@ -25,11 +25,11 @@ TOLD = 'echo "$NNODES $NODE_RANK $HEAD $PORT $PET_RDZV_ID $*" >> told'
 
 
 WITHOUT = {
-    "a second signal is handed on": ('[ -n "$told_to_end" ] || kill', "kill"),
-    "it does not wait for the saving": ('while [ "$code" -gt 128 ]', "while false"),
-    "its code is torchrun's": ("exit 75", 'exit "$code"'),
+    "a second signal is handed on": ('[ -n "$told_to_end" ] || kill', "kill", "told more than once"),
+    "it does not wait for the saving": ('while [ "$code" -gt 128 ]', "while false", "must wait until all is saved"),
+    "its code is torchrun's": ("exit 75", 'exit "$code"', "not 75"),
 }
-"""What launch/multinode.sh would do without this part of it."""
+"""What launch/multinode.sh would do without a part of it; what stands there instead, and what the check then says."""
 
 
 @pytest.fixture
@@ -97,23 +97,43 @@ def test_shellcheck_finds_nothing(name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def changed(part: str, to: str, folder: Path) -> Path:
+    """A copy of launch/multinode.sh with another part in the place of one."""
+    text = (LAUNCH / "multinode.sh").read_text(encoding="utf-8")
+    assert text.count(part) == 1
+    script = folder / "multinode.sh"
+    script.write_text(text.replace(part, to), encoding="utf-8")
+    script.chmod(0o755)
+    return script
+
+
 class TestMultinode:
     """With a stand-in for torchrun."""
 
     def test_node_0_hosts_the_meeting_and_comes_first(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
+        self.start_three(LAUNCH / "multinode.sh", tmp_path, stand_in)
+
+    def test_without_its_sign_another_node_would_come_first(
+        self, tmp_path: Path, stand_in: Callable[..., None]
+    ) -> None:
+        script = changed("'~%05d'", "'%05d'", tmp_path)
+        with pytest.raises(AssertionError, match="another node comes first"):
+            self.start_three(script, tmp_path, stand_in)
+
+    def start_three(self, script: Path, tmp_path: Path, stand_in: Callable[..., None]) -> None:
         stand_in("bin/torchrun", 'echo "$@"; echo "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE"')
         names = []
         for rank in range(3):
             node = {"NNODES": "3", "NODE_RANK": str(rank), "HEAD": "zeus.example", "NPROC": "4"}
-            code, printed = finished(start(tmp_path, [str(LAUNCH / "multinode.sh"), "recipe=tiny"], **node))
-            assert code == 0
+            code, printed = finished(start(tmp_path, [str(script), "recipe=tiny"], **node))
+            assert code == 0, printed
             words = printed.split()
             assert words[words.index("--rdzv-endpoint") + 1] == "zeus.example:29500"
             assert words[words.index("--rdzv-conf") + 1] == f"is_host={int(rank == 0)}"
             assert words[-4:] == ["train.resume=auto", "recipe=tiny", "store", "1"]
             names.append(words[words.index("--local-addr") + 1])
         assert names[0] == "zeus.example"
-        assert sorted(names) == names
+        assert sorted(names) == names, "another node comes first"
 
     def test_more_than_one_node_needs_a_head(self, tmp_path: Path) -> None:
         code, printed = finished(start(tmp_path, [str(LAUNCH / "multinode.sh"), "recipe=tiny"], NNODES="2"))
@@ -131,16 +151,12 @@ class TestMultinode:
     ) -> None:
         self.tell_twice(LAUNCH / "multinode.sh", number, tmp_path, stand_in)
 
-    @pytest.mark.parametrize(("guard", "without"), WITHOUT.values(), ids=WITHOUT)
+    @pytest.mark.parametrize(("guard", "without", "words"), WITHOUT.values(), ids=WITHOUT)
     def test_it_needs_each_of_its_guards(
-        self, guard: str, without: str, tmp_path: Path, stand_in: Callable[..., None]
+        self, guard: str, without: str, words: str, tmp_path: Path, stand_in: Callable[..., None]
     ) -> None:
-        text = (LAUNCH / "multinode.sh").read_text(encoding="utf-8")
-        assert text.count(guard) == 1
-        script = tmp_path / "multinode.sh"
-        script.write_text(text.replace(guard, without), encoding="utf-8")
-        script.chmod(0o755)
-        with pytest.raises(AssertionError):
+        script = changed(guard, without, tmp_path)
+        with pytest.raises(AssertionError, match=words):
             self.tell_twice(script, signal.SIGTERM, tmp_path, stand_in)
 
     def tell_twice(self, script: Path, number: int, tmp_path: Path, stand_in: Callable[..., None]) -> None:
@@ -157,8 +173,8 @@ class TestMultinode:
         (tmp_path / "saved").touch()
         code, _ = finished(process)
         assert waits, "it must wait until all is saved"
-        assert code == 75
-        assert (tmp_path / "signals").read_text() == "term\n"
+        assert code == 75, "not 75"
+        assert (tmp_path / "signals").read_text() == "term\n", "told more than once"
 
     def test_a_run_that_is_done_is_done(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
         """Even if it was told to end in its last moments."""
