@@ -189,7 +189,7 @@ def test_without_node_0_the_others_end(nodes: list[Node], words_of: Callable[...
     lost, other = (start(node, nodes, words_of(output, None), log) for node in nodes)
     until_logged(output, 1, [lost, other], log)
     kill(lost)
-    (code,) = both_end([other], log, 120)
+    (code,) = both_end([other], log, 400)
     assert code == 1, log.read_text()[-6000:]
 
 
