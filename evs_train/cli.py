@@ -14,8 +14,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from evs_train.disk import full_disk_named
 from evs_train.errors import EvsTrainError, RecipeError, leave, report
 from evs_train.recipe import load_recipe
 from evs_train.redaction import redact
@@ -69,7 +71,8 @@ def export(words: Sequence[str]) -> int:
         rate = float(arguments["rate"]) if "rate" in arguments else None
     except ValueError as error:
         raise RecipeError(f"rate must be a number in [0, 1), got '{arguments['rate']}'") from error
-    done = export_run(arguments["run"], rate, arguments.get("out"))
+    with full_disk_named(Path(arguments.get("out", arguments["run"]))):
+        done = export_run(arguments["run"], rate, arguments.get("out"))
     print(f"exported {redact(str(done.path))} with video_pruning_rate {done.pruning_rate}")
     for line in done.serving:
         print(f"\n# {line.engine} (reads: {line.reads}). {line.note}\n{redact(line.command)}")
@@ -84,7 +87,8 @@ def evaluation(words: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from evs_train.evaluate.command import run  # noqa: PLC0415
 
-    return run(options)
+    with full_disk_named(options.folder):
+        return run(options)
 
 
 def inspect(words: Sequence[str]) -> int:
@@ -114,7 +118,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (2 when something the user gave is wrong)."""
+    """Run one command; returns the exit code (see `EXIT_CODES`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if not words or words[0] not in COMMANDS:

@@ -5,11 +5,13 @@ Invariant: what `write_synced` and `sync_all` return from is on disk, and surviv
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +23,7 @@ Stamp = tuple[int, int, int]
 """Of a file: its size, and when its content and its entry changed (ns). No program can put back the last one."""
 Entry = tuple[int, str]
 """Of a file: its size and SHA-256."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _T = TypeVar("_T")
 
 
@@ -105,8 +108,39 @@ def with_failure_named(action: Callable[[], _T], where: Path) -> _T:
         of_torch = any(word in str(error) for word in ("inline_container", "iostream", "PytorchStreamWriter"))
         if isinstance(error, RuntimeError) and not of_torch:
             raise
-        free = shutil.disk_usage(where if where.exists() else where.parent).free
         raise StorageError(
-            f"{where} could not be written, with {free} bytes free there: {error}",
+            f"{where} could not be written, with {_free(where)} bytes free there: {error}",
             "make room and go on with train.resume=auto; the checkpoints before this one are whole",
         ) from error
+
+
+@contextlib.contextmanager
+def full_disk_named(where: Path) -> Iterator[None]:
+    """For all that is done inside, logs and exports among it: a full disk is no defect, wherever it is met.
+
+    Args:
+        where: the folder that is most likely on it.
+
+    Raises:
+        StorageError: a write was refused for lack of room, or of quota; with the bytes free in `where`.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_for_lack_of_room(error):
+            raise
+        raise StorageError(
+            f"no room is left for a file, with {_free(where)} bytes free in {where}: {error}",
+            "make room and give the same command again; a training goes on with train.resume=auto",
+        ) from error
+
+
+def _is_for_lack_of_room(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM
+    return any(f"(os error {number})" in str(error) for number in _NO_ROOM)  # as Rust writes it
+
+
+def _free(where: Path) -> int:
+    """Bytes free on the disk of `where`, or of the nearest folder above that is there."""
+    return shutil.disk_usage(next(path for path in (where, *where.absolute().parents) if path.exists())).free

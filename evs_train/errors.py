@@ -20,6 +20,7 @@ EXIT_CODES = {
     2: "Something you gave is wrong: a recipe, row, media file or checkpoint. One line says what, and what to do.",
     3: "Too many samples are bad. The line has their number by reason, and where they are listed.",
     5: "Too many steps had a loss or gradient that is not finite. The line names samples, and where they are listed.",
+    74: "A disk is full, or refuses. Nothing you gave is wrong: make room, then start again with `train.resume=auto`.",
     75: "Told to end by SIGTERM or SIGUSR1: a checkpoint is saved. Start it again with `train.resume=true`.",
     138: "Ended at once by a further SIGUSR1 (128 + 10), without saving.",
     143: "Ended at once by a further SIGTERM (128 + 15), without saving.",
@@ -97,7 +98,12 @@ class ModelError(EvsTrainError):
 
 
 class StorageError(EvsTrainError):
-    """A run's files cannot be written: the disk is full, or refuses."""
+    """A run's files cannot be written: the disk is full, or refuses. 74 is EX_IOERR (sysexits.h).
+
+    Not 2: a script that starts a run again once there is room must not do so for a recipe that is wrong.
+    """
+
+    exit_code = 74
 
 
 class ServerError(EvsTrainError):

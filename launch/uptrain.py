@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
+from evs_train.disk import full_disk_named
 from evs_train.errors import ON_ALL_RANKS, EvsTrainError, leave, report
 from evs_train.recipe import load_recipe
 
@@ -35,12 +37,13 @@ def main(arguments: list[str]) -> int:
     except EvsTrainError as error:  # every process meets the same fault; one of them says it
         return report(error) if first else error.exit_code
     try:
-        summary = run.train(lambda parts: show.show_parts(run, parts, console))
-        leave_process_group()
-        if not first:
-            return 0
-        export = export_run(recipe.output_dir) if recipe.export.enabled else None
-        show.show_summary(recipe, summary, export, console)
+        with full_disk_named(Path(recipe.output_dir)):
+            summary = run.train(lambda parts: show.show_parts(run, parts, console))
+            leave_process_group()
+            if not first:
+                return 0
+            export = export_run(recipe.output_dir) if recipe.export.enabled else None
+            show.show_summary(recipe, summary, export, console)
     except ON_ALL_RANKS as error:
         if "RANK" in os.environ:  # torchrun sends it to the others as soon as one is gone
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

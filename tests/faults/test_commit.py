@@ -13,7 +13,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,22 +232,41 @@ def test_processes_write_into_one_folder_and_share_the_hashing(tmp_path: Path, m
     assert all(len(files) == 2 for files in hashed.values())  # one when it is saved, one when it is verified
 
 
-def test_nobody_looks_at_files_that_another_process_still_writes(tmp_path: Path) -> None:
-    """safetensors writes under another name first, which is gone when it is looked at again."""
+def saved_while_another_one_writes(output: Path, *, waits: bool = True) -> list[Any]:
+    """What each of two processes makes of a save in which the second is late.
+
+    safetensors writes under another name first, which is gone when it is looked at again.
+    """
+    is_writing = threading.Event()
 
     def save(ranks: Ranks) -> None:
+        gather = ranks.gather
+        if not waits:
+            ranks = replace(ranks, gather=lambda items: items if items == [None] else gather(items))
+
         def write(staging: Path) -> None:
             content({"shard_0.pt": b"done"})(staging)
-            if ranks.rank:
-                half = staging / "checkpoint-1" / ".tmp"
-                half.write_bytes(b"half")
-                time.sleep(0.2)
-                half.rename(half.with_name("shard_1.pt"))
+            if ranks.rank == 0:
+                is_writing.wait(20)
+                return
+            half = staging / "checkpoint-1" / ".tmp"
+            half.write_bytes(b"half")
+            is_writing.set()
+            time.sleep(0.3)
+            half.rename(half.with_name("shard_1.pt"))
 
-        Checkpoints(tmp_path, ranks).save("checkpoint-1", 1, write)
+        Checkpoints(output, ranks).save("checkpoint-1", 1, write)
 
-    assert Together(2).run(save) == [None, None]
+    return Together(2).run(save)
+
+
+def test_nobody_looks_at_files_that_another_process_still_writes(tmp_path: Path) -> None:
+    assert saved_while_another_one_writes(tmp_path) == [None, None]
     assert Checkpoints(tmp_path).newest_whole().path == tmp_path / "checkpoint-1"
+
+
+def test_without_waiting_they_would(tmp_path: Path) -> None:
+    assert [type(one) for one in saved_while_another_one_writes(tmp_path, waits=False)] == [StorageError] * 2
 
 
 def test_a_failure_on_one_process_is_raised_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,3 +485,42 @@ def test_a_rename_that_copies_would_show_half_a_checkpoint(tmp_path: Path, monke
     monkeypatch.setattr(os, "rename", shutil.copytree)
     faults = list(faults_after_a_kill_at_each_call(tmp_path / "copied", shutil, "copyfile"))
     assert [one.keys() for one in faults] == [{"checkpoint-3"}] * (len(FILES) + 1)  # its manifest gives it away
+
+
+def faults_after_a_kill_in_a_removal(output: Path) -> list[str]:
+    """Which checkpoints a kill in the middle of a rotation leaves that are not whole."""
+    checkpoints = saved(output, 1, 2, 3)
+
+    def killed(folder: Path, **options: Any) -> None:
+        (folder / "model.safetensors").unlink()
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            checkpoints.rotate(2)
+    found = Checkpoints(output)
+    return [name for name in names(output) if name[0] != "." and found.fault_of(name)]
+
+
+def test_what_is_removed_in_place_would_leave_half_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert faults_after_a_kill_in_a_removal(tmp_path / "renamed") == []
+
+    def in_place(self: Checkpoints, folders: Sequence[Path]) -> None:
+        for folder in folders:
+            shutil.rmtree(folder)
+
+    monkeypatch.setattr(Checkpoints, "_remove", in_place)
+    assert faults_after_a_kill_in_a_removal(tmp_path / "in place") == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(("fewest", "left"), [(commit._FEWEST, "checkpoint-1"), (1, None)])
+def test_with_one_checkpoint_damage_would_be_the_end(
+    fewest: int, left: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "_FEWEST", fewest)
+    saved(tmp_path, 1, 2).rotate(1)
+    flip(tmp_path / "checkpoint-2")
+    assert Checkpoints(tmp_path).newest_whole().path == (left and tmp_path / left)

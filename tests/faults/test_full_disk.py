@@ -7,6 +7,7 @@ which report a full disk in words of their own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import resource
 import shutil
@@ -16,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from evs_train.commit import Checkpoints
+from evs_train.disk import full_disk_named
 from evs_train.errors import StorageError
 from evs_train.memory import checkpoint_bytes
 from evs_train.trainer import UptrainTrainer
 from evs_train.uptrain import Run
+from launch import uptrain
 from tests.runs import arguments, recipe_of
 
 BLOCK = 4096
@@ -51,10 +56,18 @@ class Attempts(TrainerCallback):
 
 
 @pytest.fixture
-def run_of(tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path) -> Callable[..., Run]:
-    def make(output: Path | None = None, **options: Any) -> Run:
+def words_of(tiny_checkpoint: Callable[[str], Path], world: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def words(output: Path | None = None, **options: Any) -> list[str]:
         settings = {"train__steps": 2, "train__batch_size": 1, "train__save_every": 1, **options}
-        return Run(recipe_of(arguments(tiny_checkpoint("qwen3_vl"), world, output or tmp_path / "run", **settings)))
+        return arguments(tiny_checkpoint("qwen3_vl"), world, output or tmp_path / "run", **settings)
+
+    return words
+
+
+@pytest.fixture
+def run_of(words_of: Callable[..., list[str]]) -> Callable[..., Run]:
+    def make(output: Path | None = None, **options: Any) -> Run:
+        return Run(recipe_of(words_of(output, **options)))
 
     return make
 
@@ -133,6 +146,39 @@ def test_a_disk_that_is_full_at_any_byte(run_of: Callable[..., Run], small_disk:
     messages = attempt(run, [room(small_disk, num_bytes) for num_bytes in (*coarse, *fine)])
     assert all(f"{small_disk}/run/.staging-checkpoint-2-" in message for message in messages)
     assert len({message.split(": ", 1)[1].split("/")[0] for message in messages}) >= 3, messages
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "record"])
+def test_the_run_leaves_with_a_code_of_its_own(
+    what: str, words_of: Callable[..., list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not with 2: nothing in the recipe is wrong. And not with 1 where it is not a checkpoint that finds no room."""
+    output = tmp_path / "run"
+    words = words_of(train__steps=1)
+    if what == "record":
+        output.mkdir()
+        (output / "record.json.draft").symlink_to("/dev/full")
+        code = uptrain.main(words)
+    else:
+        with largest_file(1 << 20):
+            code = uptrain.main(words)
+    said = capfd.readouterr().err
+    assert code == StorageError.exit_code == 74, said
+    assert "Traceback" not in said
+    where = f" bytes free in {output}: [Errno {errno.ENOSPC}]" if what == "record" else ".staging-checkpoint-1-"
+    assert where in said.split("error: ", 1)[1]
+
+
+def test_only_a_lack_of_room_is_named_so(small_disk: Path) -> None:
+    """In the system's words, and in safetensors'."""
+    with pytest.raises(FileNotFoundError), full_disk_named(small_disk / "run"):
+        (small_disk / "none" / "file").write_text("")
+    large = {"weight": torch.zeros(21 << 20)}
+    for write in (lambda: save_file(large, small_disk / "a"), lambda: (small_disk / "b").write_bytes(bytes(84 << 20))):
+        with pytest.raises(StorageError, match="bytes free in"), full_disk_named(small_disk / "run" / "export"):
+            write()
+        for file in small_disk.iterdir():
+            file.unlink()
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -324,3 +324,22 @@ OF_EACH_RANK = {
     "first file hashed",
 }
 """Points that processes other than the first one come to, too."""
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "each for itself"])
+def test_one_of_two_is_told_to_end(together: bool, nurse: Nursery, life: Callable[..., Life], tmp_path: Path) -> None:
+    """The other one hears of it by a sum over both. Without the sum they part, and nothing is saved."""
+    run = life(processes=2, train__save_every=None)
+    told: dict[str, Any] = {"words": run.words, "outcome": str(tmp_path / "outcome"), "together": together}
+
+    def both_save() -> None:
+        assert nurse.run("tests.faults.victims:told", world=2, **told) == [0, 0]
+        said = {(tmp_path / f"outcome{rank}").read_text() for rank in range(2)}
+        assert said == {f"told to end by a signal; step 2 is saved in {run.output}"}
+
+    if together:
+        both_save()
+    else:
+        with pytest.raises(AssertionError):
+            both_save()
+    assert [path.name for path in run.output.glob("checkpoint-*")] == ["checkpoint-2"] * together

@@ -88,6 +88,14 @@ def struck(tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path_fa
         }
         for mode in MODES
     ]
+    jobs.append(
+        {
+            "words": words_of(checkpoint, mixed_rows, folder / "run-unchecked", **options["bfloat16"]),
+            "seen": str(folder / "seen-unchecked"),
+            "faults": FAULTS[:1],
+            "unchecked": True,
+        }
+    )
     ending = {"train__max_skipped_steps": 1, "train__save_every": 1, "train__keep_checkpoints": 9}
     jobs.append(
         {
@@ -113,6 +121,13 @@ def test_no_rank_steps(mode: str | None, struck: Any) -> None:
     for one, other in zip(logged, expected, strict=True):
         for name in ("loss", "grad_norm", "learning_rate"):
             assert one[name] == pytest.approx(other[name], rel=0.1 if mode == "bfloat16" else 1e-4), name
+
+
+def test_without_its_check_deepspeed_steps_on_it(struck: Any) -> None:
+    folder, _ = struck
+    for rank in range(2):
+        lines = lines_of(folder / "seen-unchecked" / f"{rank}.jsonl")
+        assert [line["finite"] for line in lines if "step" in line] == [True] + [False] * (STEPS - 1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -163,6 +178,8 @@ def train(tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Pa
 
 def test_one_process(train: Train, tmp_path: Path) -> None:
     check_seen(train("infinite"), {3})
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 5]
+    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
     assert [line["where"] for line in lines_of(tmp_path / "run" / NOT_FINITE_FILE)] == ["loss"]
 
 
@@ -179,6 +196,15 @@ def test_without_its_guard_a_step_is_taken(kind: str, step: int, train: Train, m
         monkeypatch.setattr(UptrainTrainer, "_clip_grad_norm", Trainer._clip_grad_norm)
     with pytest.raises(AssertionError):
         check_seen(train(kind), {step})
+
+
+def test_a_step_that_was_left_out_would_still_be_logged(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If what it counted were not taken back."""
+    monkeypatch.setattr(UptrainTrainer, "_leave_out_step", lambda self: None)
+    check_seen(train("infinite"), {3})
+    assert {line["step"]: line["loss"] for line in metrics(tmp_path / "run")}[4] == "nan"
 
 
 def test_weights_that_are_too_large_end_the_run(

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evs_train import preemption
+from evs_train.commit import Checkpoints
 from evs_train.errors import EXIT_CODES, PreemptedError
 from evs_train.preemption import Preemption
 from evs_train.trainer import UptrainTrainer
@@ -175,7 +177,11 @@ class ToldRun(Run):
 
 @pytest.mark.parametrize("save_every", [None, 3])
 def test_a_run_that_was_told_to_end_goes_on_as_if_it_had_not_been(
-    save_every: int | None, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
+    save_every: int | None,
+    tiny_checkpoint: Callable[[str], Path],
+    mixed_rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To the last bit; and what is saved already is not saved again."""
 
@@ -183,7 +189,15 @@ def test_a_run_that_was_told_to_end_goes_on_as_if_it_had_not_been(
         few = {"train__steps": 5, "data__num_workers": 0, "train__save_every": save_every, **options}
         return words_of(tiny_checkpoint("qwen3_vl"), mixed_rows, tmp_path / name, **few)
 
+    saves: list[str] = []
+    save = Checkpoints.save
+
+    def counted(self: Checkpoints, name: str, *rest: Any) -> None:
+        saves.append(name)
+        save(self, name, *rest)
+
     Run(recipe_of(words("whole"))).train()
+    monkeypatch.setattr(Checkpoints, "save", counted)
     told = ToldRun(recipe_of(words("told")))
     told.told_at = 3
     handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
@@ -191,7 +205,7 @@ def test_a_run_that_was_told_to_end_goes_on_as_if_it_had_not_been(
         told.train()
     assert [signal.getsignal(number) for number in preemption.SIGNALS] == handlers
     assert "preemption" not in [thread.name for thread in threading.enumerate()]
-    assert [path.name for path in (tmp_path / "told").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert [path.name for path in (tmp_path / "told").glob("checkpoint-*")] == saves == ["checkpoint-3"]
     Run(recipe_of(words("told", train__resume=True))).train()
     expected, found = metrics(tmp_path / "whole"), metrics(tmp_path / "told")
     assert len(found) == len(expected) == 5
@@ -228,7 +242,11 @@ with preemption.Preemption() as told:
     while not told.requested:
         time.sleep(0.01)
     print("told", flush=True)
-    if sys.argv[2] == "stuck":  # in a call that no signal ends, as in a collective
+    if sys.argv[2] == "without the pipe":
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(143))
+        print("deaf", flush=True)
+    if sys.argv[2] != "free":  # in a call that no signal ends, as in a collective
         mutex = ctypes.create_string_buffer(64)
         libc = ctypes.CDLL(None)
         libc.pthread_mutex_lock(mutex)
@@ -258,6 +276,22 @@ def test_the_second_signal(same_seconds: float, state: str, code: int) -> None:
         process.send_signal(signal.SIGTERM)
     assert process.wait(30) == code
     assert code < 0 or code in EXIT_CODES
+
+
+def test_a_handler_of_pythons_own_would_not_end_it() -> None:
+    """Why the number of a signal goes through a pipe: where "stuck" ends, this one stays."""
+    words = [sys.executable, "-c", ALONE, "0", "without the pipe"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    assert [process.stdout.readline() for _ in range(2)] == ["told\n", "deaf\n"]
+    until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)  # in the call
+    process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "without the guard"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ from transformers import Trainer, TrainerCallback
 from evs_train import callbacks, checkpoint, commit, disk
 from evs_train.commit import MANIFEST, Checkpoints
 from evs_train.data.batches import TrainingStream
-from evs_train.errors import EvsTrainError, report
+from evs_train.errors import EvsTrainError, PreemptedError, report
 from evs_train.trainer import UptrainTrainer
+from evs_train.uptrain import Run
 from tests.distributed.order_worker import WatchedRun
 from tests.runs import recipe_of
 
@@ -202,6 +204,39 @@ def train(
     except EvsTrainError as error:
         return report(error)
     return 0
+
+
+def told(rank: int, words: list[str], outcome: str, together: bool) -> None:
+    """A run of which the second process alone is told to end, after two steps; what each said goes to OUTCOME<rank>.
+
+    `together`: as it is. Otherwise each process goes by what it was told itself.
+    """
+    if not together:
+        judge = UptrainTrainer._judge
+        UptrainTrainer._judge = lambda self, batches: judge(self, batches) and self.preemption.requested  # type: ignore[method-assign]
+
+    class Told(TrainerCallback):
+        def __init__(self, trainer: UptrainTrainer) -> None:
+            self.trainer = trainer
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if rank == 1 and state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not self.trainer.preemption.requested:
+                    time.sleep(0.01)
+                if not together:  # they may wait for each other for ever
+                    threading.Timer(3, os._exit, [3]).start()
+
+    class ToldRun(Run):
+        def build_trainer(self, args: Any = None) -> UptrainTrainer:
+            trainer = super().build_trainer(args)
+            trainer.add_callback(Told(trainer))
+            return trainer
+
+    try:
+        ToldRun(recipe_of(words)).train()
+    except PreemptedError as error:
+        Path(f"{outcome}{rank}").write_text(error.message, encoding="utf-8")
 
 
 def _arm(point: str, step: int | str) -> None:
