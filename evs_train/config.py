@@ -346,7 +346,7 @@ class EvalSection(Section):
     @model_validator(mode="after")
     def _something_is_asked(self) -> EvalSection:
         if self.every is not None and not self.data:
-            raise ValueError("every needs data: the questions that are asked")
+            raise ValueError("eval.every needs eval.data: the questions that are asked")
         return self
 
 

@@ -59,7 +59,7 @@ class NoneLeftError(BudgetError):
     def __init__(self, bad: Sequence[BadSample]) -> None:
         super().__init__(
             f"draw {bad[0].draw} found no sample that can be read; the last one: {bad[-1].message}",
-            "see data.max_bad_in_a_row",
+            "correct or remove them (evs-train check finds all of them)",
         )
         self.bad = tuple(bad)
 

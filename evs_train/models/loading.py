@@ -82,9 +82,10 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
         return config
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise ModelError(
-            f"the checkpoint {path} cannot be read: {_reason(error)}", "check model.path and model.revision"
-        ) from error
+        hint = "check model.path and model.revision"
+        if not Path(path).exists():
+            hint = f"no folder here is called {path}, so the hub was asked for it: {hint}, the network, and your access"
+        raise ModelError(f"the checkpoint {path} cannot be read: {_reason(error)}", hint) from error
 
 
 def _code_options(model_type: str | None, revision: str | None) -> dict[str, Any]:
@@ -218,7 +219,10 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             **_code_options(config.model_type, model.revision),
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the weights of {model.path} cannot be loaded: {_reason(error)}") from error
+        raise ModelError(
+            f"the weights of {model.path} cannot be loaded: {_reason(error)}",
+            "all of them must be there, as safetensors; what model.attn_implementation names must be installed",
+        ) from error
     except AttributeError as error:
         if config.model_type not in REMOTE_FAMILIES:
             raise

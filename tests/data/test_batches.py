@@ -153,6 +153,7 @@ def test_a_draw_gives_up(mixed_rows: Path, family: Family) -> None:
     assert {bad.sample_id for bad in error.bad} == {"two", "image", "text", "still", "both"}  # each once
     assert {bad.reason for bad in error.bad} == {"too long"}
     assert {bad.file for bad in error.bad} == {None}
+    assert "evs-train check finds all of them" in error.hint
 
 
 def test_a_row_longer_than_max_length_is_a_value_too(mixed_rows: Path, family: Family) -> None:

@@ -266,6 +266,7 @@ def test_weights_that_do_not_fit(
         save_file(weights, file, {"format": "pt"})
     with pytest.raises(ModelError, match=rf"^the weights of {folder} (cannot be loaded|lack 1 tensor)") as caught:
         load_weights(section(folder), load_config(str(folder)), torch.float32)
+    assert caught.value.hint
     if damage == "a tensor lacks":
         assert caught.value.message.endswith(name[name.index("layers.") :])
 
