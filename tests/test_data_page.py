@@ -54,6 +54,17 @@ def test_the_examples_of_the_readme_are_read(tmp_path: Path) -> None:
     assert len(read_data(DataSection(rows=[str(lay_out(tmp_path, example))])).samples) == 2
 
 
+def test_a_folder_of_videos_becomes_rows(tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"not opened here")
+        (tmp_path / f"{name}.txt").write_text(f"A clip called {name}.\n", encoding="utf-8")
+    exec(code.replace("/data/clips", str(tmp_path)), {})
+    data = read_data(DataSection(rows=[str(tmp_path / "rows.jsonl")]))
+    assert data.parts[0].formats == {"caption": 2}
+    assert [sample.videos for sample in data.samples] == [(str(tmp_path / f"{name}.mp4"),) for name in ("a", "b")]
+
+
 def test_the_listing_is_read(tmp_path: Path) -> None:
     [text] = re.findall(r"```yaml\n(datasets:.*?)```", PAGE, flags=re.DOTALL)
     root = tmp_path / "root"
