@@ -159,7 +159,7 @@ def test_card_says_when_no_engine_prunes_the_family(
     printed = capsys.readouterr().out
     assert ("Serve it: None of vLLM" in printed) == (not pruned)
     below = printed.split("Serve it:")[1].splitlines()[1:]  # can be copied into a shell as it is
-    assert all(line.startswith(("#", "vllm ", "python ", "trtllm-serve ")) for line in below if line)
+    assert all(line.startswith(("#", "vllm ", "python ", "sglang ", "trtllm-serve ")) for line in below if line)
 
 
 def test_an_older_export_is_replaced_and_nothing_else(
