@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from evs_train.config import DataSection
 from evs_train.data.formats import FORMATS
 from evs_train.data.manifest import read_data
+from evs_train.data_config import DataSection
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -27,10 +27,10 @@ from PIL import Image
 from pyarrow import feather
 from torch import Tensor
 
-from evs_train.config import DataSection
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.sources import FrameList, Source, TarMember, name_of
 from evs_train.data.video import Clip
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, Reason
 from evs_train.redaction import redact, restore
 

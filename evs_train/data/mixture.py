@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field, ValidationError
 
-from evs_train.config import DataSection, RowFormatName, Section
 from evs_train.data.media import lies_in
 from evs_train.data.readers import Number, read_file
+from evs_train.data_config import DataSection, RowFormatName, Section
 from evs_train.errors import DataError
 from evs_train.recipe import parse_yaml
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evs_train.config import DataSection
+from evs_train.data_config import DataSection
 from evs_train.disk import replace_text, whole_lines
 from evs_train.errors import BudgetError, Reason
 from evs_train.redaction import redact

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from evs_train.config import DataSection, Layout, Positions, Rate, RowFormatName, Section
+from evs_train.config import Layout, Positions, Rate
+from evs_train.data_config import DataSection, RowFormatName, Section
 from evs_train.errors import RecipeError
 from evs_train.recipe import parse_value
 

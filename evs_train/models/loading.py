@@ -27,12 +27,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from evs_train.config import (
-    OWN_KWARGS,
-    DataSection,
-    ModelSection,
-    Positions,
-)
+from evs_train.config import ModelSection, Positions
+from evs_train.data_config import OWN_KWARGS, DataSection
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES, RELEASED_AS, REMOTE_FAMILIES, nemotron_release
 from evs_train.models.base import Family

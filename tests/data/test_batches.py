@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.batches import TrainingStream
 from evs_train.data.chat import Example
 from evs_train.data.manifest import read_data
@@ -20,6 +20,7 @@ from evs_train.data.quarantine import NoneLeftError
 from evs_train.data.rows import RowReader
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.schedule import FixedBatches, Slot
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, MediaError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family

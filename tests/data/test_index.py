@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data import decode, index, rows
 from evs_train.data import probe as probing
 from evs_train.data.batches import TrainingStream
@@ -31,6 +31,7 @@ from evs_train.data.rows import RowReader
 from evs_train.data.schedule import FixedBatches, Slot
 from evs_train.data.sources import FrameList, Source, TarMember
 from evs_train.data.video import FrameSampling, read_video
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, MediaError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family

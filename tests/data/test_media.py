@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from evs_train.config import DataSection
 from evs_train.data.manifest import Samples, fingerprint, read_data
 from evs_train.data.sources import FrameList, frame_files, name_of
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, MediaError
 
 ANSWER = {"role": "assistant", "content": "This."}

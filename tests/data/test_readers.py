@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value, disable_progress_bars
 
-from evs_train.config import DataSection
 from evs_train.data import readers
 from evs_train.data.manifest import TrainingData, read_data
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError
 
 disable_progress_bars()

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ParakeetEncoderConfig
 
-from evs_train.config import PARTS, DataSection, LoraSection, ModelSection, OptimSection, Part, TuningSection
+from evs_train.config import PARTS, LoraSection, ModelSection, OptimSection, Part, TuningSection
+from evs_train.data_config import DataSection
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES
 from evs_train.models.base import Family
