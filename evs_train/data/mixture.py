@@ -167,7 +167,7 @@ def _read_listing(path: Path, data: DataSection, root: Path | None) -> list[RowS
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: listing cannot be read: {error}", "check the path in data.rows") from error
+        raise DataError(f"{path}: listing cannot be read: {error}", "check the path") from error
     try:
         listing = Listing.model_validate(parse_yaml(text, str(path)))
     except ValidationError as error:
@@ -215,5 +215,5 @@ def _files(entry: str) -> tuple[Path, ...]:
         return (Path(entry),)
     files = tuple(map(Path, sorted(glob.glob(entry))))
     if not files:
-        raise DataError(f"{entry}: no file matches", "check the pattern in data.rows")
+        raise DataError(f"{entry}: no file matches", "check the pattern")
     return files

@@ -56,7 +56,7 @@ def read_file(path: Path) -> Rows:
             count += 1
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(f"{path}: data file cannot be read: {reason}", "check the path in data.rows") from error
+        raise DataError(f"{path}: data file cannot be read: {reason}", "check the path") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text", "save the file as UTF-8") from error
     if count == 0:

@@ -50,7 +50,9 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
         ModelError: nothing readable is at `path`, its architecture is not supported, or its code may not be run.
     """
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"{path} holds no config.json", "model.path is a checkpoint directory or a hub name")
+        raise ModelError(
+            f"{path} holds no config.json", _of_a_run(path) or "a checkpoint's folder, or a hub name, is needed"
+        )
     if not Path(path).exists() and (Path(path).is_absolute() or len(Path(path).parts) > 2):  # no hub name: owner/name
         raise ModelError(f"the checkpoint {path} does not exist", "model.path is a checkpoint directory or a hub name")
     try:
@@ -96,6 +98,15 @@ def _model_class(model_type: str) -> Any:
     return AutoModel if model_type in REMOTE_FAMILIES else AutoModelForImageTextToText
 
 
+def _of_a_run(path: str) -> str:
+    """What to name in place of a run's folder, or of what it trained there; empty where `path` is neither."""
+    folder = Path(path)
+    run = folder.parent if folder.name == "final" or folder.name.startswith("checkpoint-") else folder
+    if not (run / "export" / "config.json").is_file():
+        return ""
+    return f"{run} is a run's folder; what it exported is {run / 'export'}"
+
+
 def _reason(error: Exception) -> str:
     """First line of an error's text; the second, too, where the first only announces it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -119,9 +130,8 @@ def load_family(model: ModelSection, data: DataSection, positions: Positions = "
     try:
         processor = load_processor(model.path, model.revision, config)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the processor of {model.path} cannot be read: {_reason(error)}", "its files belong beside config.json"
-        ) from error
+        hint = _of_a_run(model.path) or "its files belong beside config.json"
+        raise ModelError(f"the processor of {model.path} cannot be read: {_reason(error)}", hint) from error
     if processor.chat_template is None:
         raise ModelError(f"the processor of {model.path} has no chat template", "start from an instruction-tuned model")
     if config.model_type in FAMILIES:

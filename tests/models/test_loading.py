@@ -179,8 +179,22 @@ def test_missing_path(path: str) -> None:
         load_config(path)
 
 
+def test_a_run_is_not_its_export(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint = tiny_checkpoint("qwen3_vl")
+    (tmp_path / "export").symlink_to(checkpoint)
+    (tmp_path / "final").mkdir()
+    hint = rf"\({tmp_path} is a run's folder; what it exported is {tmp_path / 'export'}\)$"
+    with pytest.raises(ModelError, match=rf"^{tmp_path} holds no config.json {hint}"):
+        load_config(str(tmp_path))
+    shutil.copy(
+        checkpoint / "config.json", tmp_path / "final"
+    )  # all that a run in full leaves there beside its weights
+    with pytest.raises(ModelError, match=rf"^the processor of {tmp_path}/final cannot be read: .*{hint}"):
+        load_family(section(tmp_path / "final"), DataSection(rows=["unused.json"]))
+
+
 def test_a_folder_without_config_json(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=rf"^{tmp_path} holds no config.json"):
+    with pytest.raises(ModelError, match=rf"^{tmp_path} holds no config.json \(a checkpoint's folder"):
         load_config(str(tmp_path))
 
 
