@@ -11,6 +11,7 @@ must hold. A fixed number of rows is shown at several numbers; the budget has th
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -136,4 +137,6 @@ def _print(results: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    # Without options; but --help must not write over the results.
+    argparse.ArgumentParser(description="Plans batches, and writes benchmarks/results/batches.json.").parse_args()
     main()

@@ -46,16 +46,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.environment import environment
 from evs_train.collate import Collator
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.batches import TrainingStream
-from evs_train.data.index import MediaIndex, probe_all, unknown
+from evs_train.data.index import MediaIndex
 from evs_train.data.manifest import Sample, read_rows
 from evs_train.data.order import DrawOrder
+from evs_train.data.probe import probe_all, unknown
 from evs_train.data.rows import RowReader
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.schedule import FixedBatches
 from evs_train.data.synthetic import write_dataset
 from evs_train.data.video import read_video
+from evs_train.data_config import DataSection
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family
 from evs_train.models.tiny import build_tiny

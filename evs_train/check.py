@@ -21,8 +21,9 @@ from typing import Any
 
 from evs_train.data.budget import BudgetBatches, Usage
 from evs_train.data.chat import Example, MediaItem
-from evs_train.data.index import Facts, Kind, index_file, key_of, num_cores
+from evs_train.data.index import Facts, Kind, index_file, key_of
 from evs_train.data.lengths import Known, PlannedRow, Probed, Refused, probe_media
+from evs_train.data.probe import num_cores
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.inputs import Inputs, deepspeed_file
 from evs_train.memory import MemoryEstimate, estimate_memory

@@ -112,3 +112,4 @@ def set_aside(output: Path) -> None:
         older.mkdir(parents=True)
         for path in found:
             path.rename(older / path.name)
+        _log.warning(redact(f"{output} holds an earlier run, which was moved to {older}"))

@@ -1,9 +1,6 @@
-"""The `evs-train` command. Arguments are `key=value`, as in recipes.
+"""The `evs-train` command. Arguments are `key=value`, as in recipes; `USAGE` says what each command takes.
 
-`evs-train check recipe=NAME [key.sub=value ...] [processes=N] [--json] [--strict]`
-`evs-train inspect VIDEO model=CHECKPOINT [rate=0.75 or rate=[.5,.9]] [out=FILE.png, .html or .mp4] [fps=2 ...]`
-`evs-train eval model=CHECKPOINT data=ROWS [rates=[0,0.5,0.75]] [out=DIR] [key=value ...]`
-`evs-train export run=runs/tiny [rate=0.75|recommended] [out=DIR]`
+What a command needs of torch is imported once its arguments are known to be right, so mistakes are told at once.
 """
 
 from __future__ import annotations
@@ -116,14 +113,37 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": export,
 }
 
+USAGE = {
+    "check": "recipe=NAME [section.key=value ...] [processes=N] [--json] [--strict]\n"
+    "    What a recipe would train on, read as training reads it: tokens, refused rows, memory.\n"
+    "    docs/recipe.md has the keys.",
+    "inspect": "VIDEO model=CHECKPOINT [rate=0.75 or 'rate=[.5,.9]'] [out=FILE.png, .html or .mp4] [key=value ...]\n"
+    "    A picture of what a checkpoint keeps of a video. docs/inspect.md has the keys.",
+    "eval": "model=CHECKPOINT data=ROWS ['rates=[0,.5,.75]'] [out=DIR] [key=value ...]\n"
+    "    Accuracy against pruning rate, and the rate to serve at. docs/eval.md has the keys.",
+    "export": "run=FOLDER [rate=0.75 or rate=recommended] [out=DIR] [eval=DIR]\n"
+    "    The checkpoint of a finished run, at a rate of your choice. docs/serving.md says who reads it.",
+}
+"""What `--help` says of each command."""
+
+
+def usage(words: Sequence[str]) -> str:
+    """The help of the commands among `words`, or of all where there is none."""
+    named = [name for name in USAGE if name in words]
+    return "\n".join(f"evs-train {name} {USAGE[name]}" for name in named or USAGE)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `EXIT_CODES`)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        print(usage(words))
+        return 0
     try:
         if not words or words[0] not in COMMANDS:
             raise RecipeError(
-                f"unknown command {words[0]!r}" if words else "no command", f"commands: {', '.join(COMMANDS)}"
+                f"unknown command {words[0]!r}" if words else "no command",
+                f"commands: {', '.join(COMMANDS)}; --help says what they take",
             )
         return COMMANDS[words[0]](words[1:])
     except EvsTrainError as error:

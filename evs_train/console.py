@@ -90,7 +90,8 @@ def show_summary(recipe: Recipe, summary: Summary, export: Export | None, consol
         table.add_row("exported", redact(str(export.path)))
     console.print(table)
     if export is not None:
-        console.print(f"Serve it: {caveat(export.serving)}", markup=False, highlight=False, soft_wrap=True)
-        for line in export.serving:
-            console.print(f"\n# {line.engine} (reads: {line.reads}) {line.note}", markup=False, highlight=False)
+        console.print(f"Serve it: {caveat(export.serving)}".strip(), markup=False, highlight=False, soft_wrap=True)
+        for line in export.serving:  # a note is one line, or what is copied into a shell would not be a comment
+            note = f"\n# {line.engine} (reads: {line.reads}) {line.note}"
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
             console.print(redact(line.command), markup=False, highlight=False, soft_wrap=True)

@@ -26,13 +26,14 @@ from transformers import PreTrainedModel
 
 from evs_train.checkpoint import EXPORT_RECORD
 from evs_train.collate import Collator
-from evs_train.config import DataSection, EvsSection, ModelSection, Positions
+from evs_train.config import EvsSection, ModelSection, Positions
 from evs_train.data.batches import Examples
 from evs_train.data.chat import Example, Kind, Media, build_prompt
 from evs_train.data.decoding import Decoding
 from evs_train.data.manifest import read_prompt
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.video import decoding_options, frame_sampling, read_image, read_video
+from evs_train.data_config import DataSection
 from evs_train.errors import RecipeError
 from evs_train.models.base import Family, Features
 from evs_train.models.loading import load_encoder, load_family, load_weights

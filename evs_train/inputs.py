@@ -25,9 +25,10 @@ from evs_train.config import Recipe
 from evs_train.data import manifest, synthetic
 from evs_train.data.batches import TrainingStream
 from evs_train.data.budget import Budget, BudgetBatches
-from evs_train.data.index import MediaIndex, index_file, num_cores
+from evs_train.data.index import MediaIndex, index_file
 from evs_train.data.lengths import PlannedRow, Probed, Progress, Refused, plan_rows, unwatched
 from evs_train.data.order import DrawOrder
+from evs_train.data.probe import num_cores
 from evs_train.data.rows import RowReader
 from evs_train.data.schedule import FixedBatches, Schedule
 from evs_train.data.video import decoding_options, frame_sampling

@@ -1,8 +1,9 @@
-"""The processes of a run: how long they wait for one another, and the folder that all of them must see.
+"""The processes of a run: how they are connected, how long they wait, and what all of them must see alike.
 
 Invariant: a process that waits for the others in a collective gives up after `train.timeout_minutes`, in every group,
-DeepSpeed's own included; and no run begins whose processes would write to different folders of the same name.
-Cost: two small exchanges when a run begins. Processes are started by torchrun (`launch/multinode.sh`), not here.
+DeepSpeed's own included; and no run begins whose processes would write to different folders of the same name, or read
+by different plans. Cost: three small exchanges when a run begins. Processes are started by torchrun
+(`launch/multinode.sh`), not here.
 """
 
 from __future__ import annotations
@@ -31,6 +32,18 @@ def connect_on_cpu(minutes: float) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo", timeout=timedelta(minutes=minutes))
+
+
+def connect_deepspeed(minutes: float) -> None:
+    """Make the process group known to DeepSpeed, with this time-out for what it waits for."""
+    import deepspeed  # noqa: PLC0415 (imported late: it is slow, and says so on stderr)
+
+    # On a CPU it would compile collectives over shared memory first: a minute, and a compiler. gloo has them.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(
+        dist_backend=distributed.get_backend(), verbose=False, timeout=timedelta(minutes=minutes)
+    )
+    deepspeed.utils.groups._get_data_parallel_group()  # made now, or it would not have our time-out
 
 
 def wait_at_most(minutes: float) -> None:
@@ -71,6 +84,24 @@ def share_folder(folder: Path) -> None:
         mark.unlink(missing_ok=True)
     if any(faults):
         raise RecipeError("; ".join(filter(None, faults)), "put output_dir on a file system that all nodes share")
+
+
+def agree_on(plan: str) -> None:
+    """See that all processes have the same plan, or they would wait for one another for ever. All must call it.
+
+    A file that one of them could not read while it planned is enough to make them differ.
+
+    Raises:
+        RecipeError: in all processes alike: what each of them planned.
+    """
+    plans: list[str] = [""] * distributed.get_world_size()
+    distributed.all_gather_object(plans, plan)
+    if len(set(plans)) > 1:
+        of_ranks = "; ".join(f"process {rank}: {one}" for rank, one in enumerate(plans))
+        raise RecipeError(
+            f"the processes planned different runs: {of_ranks}",
+            "all must see the same files; evs-train check writes an index that all of them then read",
+        )
 
 
 def _prepare(folder: Path, mark: Path | None) -> str | None:

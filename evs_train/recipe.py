@@ -67,9 +67,12 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
     name: str | None = None
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            plain = argument.lstrip("-") + ("" if equals else "=...")
+            raise RecipeError(f"there is no option '{argument}'", f"keys have no dashes: {plain}")
         if not equals or not all(key.split(".")):
             raise RecipeError(
-                f"'{argument}' is not of the form key=value", f"shipped recipes: {', '.join(recipe_names())}"
+                f"'{argument}' is not of the form key=value", "such as recipe=tiny or train.steps=10 (docs/recipe.md)"
             )
         if key == "recipe":
             name = value
@@ -87,7 +90,7 @@ def load_recipe(arguments: Sequence[str]) -> Recipe:
         raise RecipeError(f"{path} is not a mapping of keys to values")
     raw.setdefault("recipe", path.stem)
     for key, value in overrides:
-        _override(raw, key, parse_yaml(value, f"the value of {key}"))
+        _override(raw, key, parse_value(key, value))
     return parse_recipe(raw, str(path))
 
 
@@ -123,6 +126,16 @@ def parse_yaml(text: str, source: str) -> Any:
         raise RecipeError(f"{source} is not valid YAML: nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_value(key: str, text: str) -> Any:
+    """The value of `key=text` on a command line, which is YAML (`RecipeError`)."""
+    try:
+        return parse_yaml(text, f"the value of {key}")
+    except RecipeError as error:
+        raise RecipeError(
+            error.message, f"a text with signs of YAML in it needs quotes of its own: {key}='\"...\"'"
+        ) from error
 
 
 def _override(raw: dict[str, Any], dotted: str, value: Any) -> None:

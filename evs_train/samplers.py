@@ -229,7 +229,7 @@ def build_sampler(spec: float | Mapping[str, Any], key: str = "evs.rate") -> Rat
     """
     if _is_number(spec):
         if not 0 <= spec < 1:
-            raise RecipeError(f"{key} must be a pruning rate with 0 <= rate < 1, got {spec}")
+            raise RecipeError(f"{key} must be a pruning rate with 0 <= rate < 1, got {spec}", "0.75 drops 75 %")
         return Fixed(spec)
     if not isinstance(spec, Mapping):
         raise RecipeError(f"{key} must be a number or a mapping with a kind, got {spec!r}", "for example 0.75")

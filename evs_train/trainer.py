@@ -6,11 +6,11 @@ What differs from the plain Trainer, and why:
 - the loss is the sum over supervised tokens divided by their number over all ranks and micro-batches. The model is
   given no labels: it computes logits of those tokens only (`prune.py`), and the loss is taken here;
 - a step may make further passes over its media (`objective`), whose losses are summed before the one backward;
-- learning rates by part, and metrics that say what pruning did;
+- learning rates by part, and metrics that say what pruning did (`metrics.py`);
 - bad samples are counted over all ranks before a step's batches are used, so that all ranks end in the same step. The
   same sum says whether any rank was told to end by a signal: then all save, and end;
 - a step whose loss or gradient is not finite on any rank is not taken on any (`finite.py`);
-- checkpoints are written into a staging folder and committed (`commit.py`), and only whole ones are counted;
+- checkpoints are committed whole (`saving.py`);
 - a resumed run takes from its checkpoint what was counted since the last log, too, and intervals and optimizer options
   from the recipe, where the plain Trainer takes the checkpoint's (`restore.py`).
 
@@ -24,9 +24,7 @@ before it steps.
 from __future__ import annotations
 
 import math
-import resource
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -37,8 +35,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import TrainingArguments
 
 from evs_train.beginning import AttachHook, BeginCounts
 from evs_train.collate import BatchPlan
@@ -47,15 +44,17 @@ from evs_train.config import ObjectiveSection, OptimSection
 from evs_train.data.quarantine import BadSample, Found, NoneLeftError, Quarantine
 from evs_train.errors import PreemptedError
 from evs_train.finite import FiniteGuard
+from evs_train.metrics import metrics_of
 from evs_train.models.tuning import parameter_groups
 from evs_train.objectives import cross_entropies, teacher_kl
 from evs_train.preemption import Preemption, outlive_signals
 from evs_train.prune import EvsHook, Pass
 from evs_train.restore import SinceLog, num_generators, read_counts, seed_anew, set_options, write_counts
-from evs_train.tally import BACKENDS, Tally
+from evs_train.saving import SavingTrainer
+from evs_train.tally import Tally
 
 
-class UptrainTrainer(Trainer):
+class UptrainTrainer(SavingTrainer):
     """Trainer of a model whose batches are pruned by `hook`. See the module's docstring for what differs."""
 
     optimizer: torch.optim.Optimizer | None
@@ -73,9 +72,7 @@ class UptrainTrainer(Trainer):
         args: TrainingArguments,
         **kwargs: Any,
     ) -> None:
-        super().__init__(args=args, **kwargs)
-        self.checkpoints, self.keep_checkpoints = checkpoints, keep_checkpoints
-        self._staging: Path | None = None
+        super().__init__(checkpoints=checkpoints, keep_checkpoints=keep_checkpoints, args=args, **kwargs)
         self.quarantine = quarantine
         self.finite = finite
         self.preemption = Preemption()
@@ -108,14 +105,6 @@ class UptrainTrainer(Trainer):
         plain: DataLoader[Any] = loader.base_dataloader  # inside accelerate's
         plain.worker_init_fn = outlive_signals(plain.worker_init_fn)
         return loader  # type: ignore[no-any-return]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with warnings.catch_warnings():
-            # PEFT looks for the base by the name that adapters are saved with, in which the home folder is `~`.
-            warnings.filterwarnings("ignore", "Could not find a config file in")
-            super()._save(output_dir, state_dict)
-        # A pickle of all arguments, paths and tokens among them, that nothing reads again.
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -287,64 +276,23 @@ class UptrainTrainer(Trainer):
         self.tally.add_sum("teacher_kl", kl)
         return kl
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        write, step = super()._save_checkpoint, self.state.global_step
-
-        def write_into(staging: Path) -> None:
-            self._staging = staging
-            write(model, trial)
-
-        try:
-            self.checkpoints.save(f"checkpoint-{step}", step, write_into)
-        finally:
-            self._staging = None
-        self.checkpoints.rotate(self.keep_checkpoints)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        # Where transformers makes the folder `checkpoint-N`.
-        return self.args.output_dir if self._staging is None else str(self._staging)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._pruning_metrics()}
+            logs = {**logs, **self._metrics()}
             self.losses.append(logs["loss"])
         super().log(logs, start_time)
 
-    def _pruning_metrics(self) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
         """Metrics since the last log, over all ranks (times: of this rank). Called on every rank."""
         now = time.perf_counter()
         elapsed, self._last_log = now - self._last_log, now
         self.seconds += elapsed
         sums = self.tally.collect(lambda t: self.accelerator.reduce(t, "sum"), self.args.device)
-        times = self.hook.stopwatch.collect()
-        metrics = {name: value for name, value in sums.items() if name.startswith("loss/")}
-        metrics |= {
-            "evs/rate": sums["rate"] / max(sums["rows"], 1),
-            "evs/rate_applied": sums["rate_applied"] / max(sums["video_rows"], 1),
-            "evs/video_tokens_before": sums["video_tokens_before"],
-            "evs/video_tokens_after": sums["video_tokens_after"],
-            "evs/supervised_tokens": sums["supervised"],
-            "evs/padding": sums["padding"] / max(sums["padding"] + sums["tokens"], 1),
-            "data/shortened": sums["shortened"],
-            **{f"data/decoded/{backend}": sums[f"decoded/{backend}"] for backend in BACKENDS},
-            "speed/tokens_per_second": sums["tokens"] / elapsed,
-            "speed/samples_per_second": sums["rows"] / elapsed,
-            **{f"time/{name}": seconds for name, seconds in times.items()},
-            "time/rest": elapsed - sum(times.values()),
-            "memory/peak_gib": _peak_memory() / 2**30,
-            **self.quarantine.metrics(),
-            **self.finite.metrics(),
-        }
+        metrics = metrics_of(sums, self.hook.stopwatch.collect(), elapsed)
+        metrics |= self.quarantine.metrics() | self.finite.metrics()
         if self.hook.cache is not None:
             metrics |= self.hook.cache.metrics(lambda t: self.accelerator.reduce(t, "sum"), self.args.device)
         if self.lr_scheduler is not None and self.optimizer is not None:
             for group in self.optimizer.param_groups:
                 metrics[f"lr/{group['name'].removesuffix('_no_decay')}"] = float(group["lr"])
         return metrics
-
-
-def _peak_memory() -> int:
-    """Bytes: the device's peak allocation, or this process's largest resident size on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

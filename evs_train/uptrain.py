@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainingArguments, s
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from evs_train import samplers
+from evs_train.arguments import training_arguments
 from evs_train.callbacks import (
     JsonlCallback,
     PictureCallback,
@@ -50,14 +50,12 @@ from evs_train.memory import checkpoint_bytes
 from evs_train.models.base_files import base_folder, commit_of, fingerprints
 from evs_train.models.loading import load_weights
 from evs_train.models.tuning import PartSize, apply_tuning, encoder_trains, part_sizes
-from evs_train.processes import connect_on_cpu, share_folder, wait_at_most
+from evs_train.processes import agree_on, connect_deepspeed, connect_on_cpu, share_folder, wait_at_most
 from evs_train.prune import EvsHook
 from evs_train.tracking import Tracker
 from evs_train.trainer import UptrainTrainer
 
-DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
 _RECORDED_PACKAGES = ("evs-train", "torch", "transformers", "peft", "accelerate", "deepspeed", "decord2")
-_PICTURES_PER_STEP = 4
 
 
 @dataclass(frozen=True)
@@ -101,32 +99,13 @@ class Run(Inputs):
 
     def train(self, report_parts: Callable[[list[PartSize]], None] = lambda parts: None) -> Summary:
         """Train and save to `output_dir/final`; every process must call it."""
-        recipe = self.recipe
-        output, minutes = Path(recipe.output_dir), recipe.train.timeout_minutes
-        if not torch.cuda.is_available():
-            connect_on_cpu(minutes)
-        args = self._training_arguments()
-        if args.n_gpu > 1:
-            raise RecipeError(
-                f"one process sees {args.n_gpu} GPUs", "start it with torchrun --nproc_per_node N, one process per GPU"
-            )
-        # ZeRO-3 partitions weights as they are read, over a process group that DeepSpeed must know of by then.
-        if args.device and recipe.deepspeed is not None:  # reading `device` starts the process group
-            import deepspeed  # noqa: PLC0415 (imported late: it is slow, and says so on stderr)
-
-            # On a CPU it would compile collectives over shared memory first: a minute, and a compiler. gloo has them.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            deepspeed.comm.init_distributed(
-                dist_backend=torch.distributed.get_backend(), verbose=False, timeout=args.ddp_timeout_delta
-            )
-            deepspeed.utils.groups._get_data_parallel_group()  # made now, or it would not have our time-out
-        wait_at_most(minutes)
-        share_folder(output)
-        resume = recipe.train.resume
+        output, resume = Path(self.recipe.output_dir), self.recipe.train.resume
+        args = self._connected()
         record = self._record()
         checkpoint = checkpoint_to_resume(self.checkpoints, record, auto=resume == "auto") if resume else None
         if args.world_size > 1:
-            self._agree()  # behind it, the first process may change what the others have read
+            plan = f"{len(self.samples)} rows, {self.schedule.num_steps} steps of {self.schedule.describe()}"
+            agree_on(plan)  # behind it, the first process may change what the others have read
         trainer = self.build_trainer(args)
         self._require_space(trainer, checkpoint)
         if trainer.pop_callback(ProgressCallback):
@@ -148,40 +127,30 @@ class Run(Inputs):
         step = trainer.state.global_step
         self.checkpoints.save("final", step, lambda staging: trainer.save_model(str(staging / "final")))
         unset_hf_deepspeed_config()  # or the model that the export loads would be partitioned, too
-        total = trainer.tally.total
-        # Without a step left to do there are only the losses that the checkpoint remembers.
-        losses = trainer.losses or [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        return Summary(
-            steps=step,
-            first_loss=losses[0],
-            last_loss=losses[-1],
-            mean_rate=total["rate"] / max(total["rows"], 1),
-            video_tokens_before=int(total["video_tokens_before"]),
-            video_tokens_after=int(total["video_tokens_after"]),
-            tokens_per_second=total["tokens"] / max(trainer.seconds, 1e-9),
-            seconds=trainer.seconds,
-            quarantined=dict(trainer.quarantine.reasons.most_common()),
-        )
+        return _summary(trainer)
+
+    def _connected(self) -> TrainingArguments:
+        """Connect the processes; all must see `output_dir`. Gives transformers' arguments, which know them."""
+        recipe, minutes = self.recipe, self.recipe.train.timeout_minutes
+        if not torch.cuda.is_available():
+            connect_on_cpu(minutes)
+        args = training_arguments(recipe, self.schedule.num_steps)
+        if args.n_gpu > 1:
+            raise RecipeError(
+                f"one process sees {args.n_gpu} GPUs", "start it with torchrun --nproc_per_node N, one process per GPU"
+            )
+        # ZeRO-3 partitions weights as they are read, over a process group that DeepSpeed must know of by then.
+        if args.device and recipe.deepspeed is not None:  # reading `device` starts the process group
+            connect_deepspeed(minutes)
+        wait_at_most(minutes)
+        share_folder(Path(recipe.output_dir))
+        return args
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
         """Those in `output_dir`, of the processes that the training arguments made known."""
         state = PartialState()
         return Checkpoints(Path(self.recipe.output_dir), Ranks(state.process_index, state.num_processes, gather_object))
-
-    def _agree(self) -> None:
-        """All processes read the same rows by the same plan, or they would wait for one another for ever.
-
-        A file that one of them could not read while it planned is enough to make them differ.
-        """
-        plan = f"{len(self.samples)} rows, {self.schedule.num_steps} steps of {self.schedule.describe()}"
-        plans = gather_object([plan])
-        if len(set(plans)) > 1:
-            of_ranks = "; ".join(f"process {rank}: {one}" for rank, one in enumerate(plans))
-            raise RecipeError(
-                f"the processes planned different runs: {of_ranks}",
-                "all must see the same files; evs-train check writes an index that all of them then read",
-            )
 
     def _require_space(self, trainer: UptrainTrainer, checkpoint: str | None) -> None:
         """Refuse to train when the disk cannot hold the checkpoints that are there at once, or the final weights."""
@@ -198,7 +167,7 @@ class Run(Inputs):
     def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
         """The model with its hook in the trainer that will train it."""
         recipe, output = self.recipe, Path(self.recipe.output_dir)
-        args = self._training_arguments() if args is None else args
+        args = training_arguments(recipe, self.schedule.num_steps) if args is None else args
         model = self.load_model()
         plain: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         hook = EvsHook(
@@ -247,42 +216,6 @@ class Run(Inputs):
             )
         return trainer
 
-    def _training_arguments(self) -> TrainingArguments:
-        recipe, train, optim = self.recipe, self.recipe.train, self.recipe.optim
-        on_cpu = not torch.cuda.is_available()
-        return TrainingArguments(
-            output_dir=recipe.output_dir,
-            seed=recipe.seed,
-            max_steps=self.schedule.num_steps,
-            per_device_train_batch_size=train.batch_size,
-            gradient_accumulation_steps=train.grad_accumulation,
-            average_tokens_across_devices=True,
-            learning_rate=optim.lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            warmup_steps=math.ceil(optim.warmup_ratio * self.schedule.num_steps),
-            lr_scheduler_type=optim.scheduler,
-            max_grad_norm=optim.max_grad_norm,
-            activation_checkpointing=bool(train.gradient_checkpointing),
-            activation_checkpointing_kwargs={"use_reentrant": False},
-            bf16=recipe.model.dtype == "bfloat16",
-            use_cpu=on_cpu,
-            ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,  # without torchrun there is no group
-            deepspeed=None if recipe.deepspeed is None else str(deepspeed_file(recipe.deepspeed)),
-            dataloader_num_workers=recipe.data.num_workers,
-            dataloader_pin_memory=not on_cpu,
-            ddp_timeout=math.ceil(60 * train.timeout_minutes),
-            ddp_find_unused_parameters=False,  # the hook gives every trained parameter a gradient in every step
-            remove_unused_columns=False,
-            logging_steps=train.log_every,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,  # it would hide a NaN while the optimizer still steps
-            save_strategy="no" if train.save_every is None else "steps",
-            save_steps=train.save_every or 0.5,
-            report_to=[],  # `tracking.py` speaks to W&B, so that it can neither stop nor slow the run
-        )
-
     def _record(self) -> dict[str, Any]:
         """What the run is. A resumed one compares with it: a new fact needs its place in `resume.py`."""
         recipe = self.recipe
@@ -314,6 +247,23 @@ class Run(Inputs):
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
         }
+
+
+def _summary(trainer: UptrainTrainer) -> Summary:
+    total = trainer.tally.total
+    # Without a step left to do there are only the losses that the checkpoint remembers.
+    losses = trainer.losses or [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return Summary(
+        steps=trainer.state.global_step,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        mean_rate=total["rate"] / max(total["rows"], 1),
+        video_tokens_before=int(total["video_tokens_before"]),
+        video_tokens_after=int(total["video_tokens_after"]),
+        tokens_per_second=total["tokens"] / max(trainer.seconds, 1e-9),
+        seconds=trainer.seconds,
+        quarantined=dict(trainer.quarantine.reasons.most_common()),
+    )
 
 
 def leave_process_group(*, together: bool = False) -> None:

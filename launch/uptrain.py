@@ -12,11 +12,19 @@ from pathlib import Path
 
 from evs_train.disk import full_disk_named
 from evs_train.errors import ON_ALL_RANKS, EvsTrainError, leave, report
-from evs_train.recipe import load_recipe
+from evs_train.recipe import load_recipe, recipe_names
 
 
 def main(arguments: list[str]) -> int:
-    """Run the recipe that `arguments` name; returns the exit code."""
+    """Run the recipe that `arguments` name, or say how to name one; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nRecipes: {', '.join(recipe_names())}, or the path of one. Keys: docs/recipe.md.")
+        return 0
+    return train(arguments)
+
+
+def train(arguments: list[str]) -> int:
+    """Train and export as the recipe says; returns the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader forks; tokenizers would warn at every batch
     first = os.environ.get("RANK", "0") == "0"
     try:

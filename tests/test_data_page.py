@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from evs_train.config import DataSection
 from evs_train.data.formats import FORMATS
 from evs_train.data.manifest import read_data
+from evs_train.data_config import DataSection
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -52,6 +52,17 @@ def test_examples_are_read_as_their_format(tmp_path: Path, name: str) -> None:
 def test_the_examples_of_the_readme_are_read(tmp_path: Path) -> None:
     [example] = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(read_data(DataSection(rows=[str(lay_out(tmp_path, example))])).samples) == 2
+
+
+def test_a_folder_of_videos_becomes_rows(tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"not opened here")
+        (tmp_path / f"{name}.txt").write_text(f"A clip called {name}.\n", encoding="utf-8")
+    exec(code.replace("/data/clips", str(tmp_path)), {})
+    data = read_data(DataSection(rows=[str(tmp_path / "rows.jsonl")]))
+    assert data.parts[0].formats == {"caption": 2}
+    assert [sample.videos for sample in data.samples] == [(str(tmp_path / f"{name}.mp4"),) for name in ("a", "b")]
 
 
 def test_the_listing_is_read(tmp_path: Path) -> None:

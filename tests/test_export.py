@@ -156,7 +156,10 @@ def test_card_says_when_no_engine_prunes_the_family(
     card = (export.path / "README.md").read_text()
     assert ("**None of vLLM, SGLang, TensorRT-LLM prunes" in card) == (not pruned)
     show_summary(recipe_of(["recipe=nemotron"]), Summary(1, 2.0, 1.0, 0.5, 2, 1, 1.0, 1.0), export, Console())
-    assert ("Serve it: None of vLLM" in capsys.readouterr().out) == (not pruned)
+    printed = capsys.readouterr().out
+    assert ("Serve it: None of vLLM" in printed) == (not pruned)
+    below = printed.split("Serve it:")[1].splitlines()[1:]  # can be copied into a shell as it is
+    assert all(line.startswith(("#", "vllm ", "python ", "sglang ", "trtllm-serve ")) for line in below if line)
 
 
 def test_an_older_export_is_replaced_and_nothing_else(

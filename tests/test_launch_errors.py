@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 
 from evs_train import cli
@@ -121,6 +122,15 @@ def test_unsupported_architecture(arguments: list[str], tmp_path: Path, failing:
     assert "qwen3_vl" in error
 
 
+def test_a_name_that_is_no_folder(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, failing: Callable[[int], str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    error = failing(uptrain.main([*arguments, "model.path=modell"]))
+    assert error.startswith("error: the checkpoint modell cannot be read: ")
+    assert "\n  hint: no folder here is called modell, so the hub was asked for it: check model.path" in error
+
+
 def test_missing_checkpoint(arguments: list[str], failing: Callable[[int], str]) -> None:
     error = failing(uptrain.main([*arguments, "model.path=/no/such/model"]))
     assert error.startswith("error: the checkpoint /no/such/model does not exist\n  hint: model.path is ")
@@ -164,6 +174,20 @@ def test_command_line(words: list[str], error: str, failing: Callable[[int], str
     assert found.startswith(error)
     if "commands: " in error:
         assert "export" in found.split("hint:")[1]
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([word]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"evs-train {name} " in printed for name in cli.COMMANDS)
+    assert cli.main(["export", word]) == 0
+    (line, *_) = capsys.readouterr().out.splitlines()
+    assert line.startswith("evs-train export run=FOLDER ")
+    assert uptrain.main(["recipe=tiny", word]) == 0
+    printed = capsys.readouterr().out
+    assert "recipe=NAME" in printed
+    assert "qwen3_vl_8b" in printed
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from transformers import (
 from benchmarks.perf.harness import Bench, PeakMemory, bytes_of, synchronize
 from benchmarks.perf.limit import Tokens
 from benchmarks.perf.shapes import Shape, write_checkpoint
+from evs_train.arguments import training_arguments
 from evs_train.config import Recipe
 from evs_train.data.chat import Example, Media
 from evs_train.data.index import Facts
@@ -188,7 +189,7 @@ class ScriptedRun(RandomWeights):
 
     def training_arguments(self) -> TrainingArguments:
         """What a run of this recipe hands to its Trainer."""
-        return self._training_arguments()
+        return training_arguments(self.recipe, self.schedule.num_steps)
 
 
 def estimate(inputs: Inputs, model: nn.Module, tokens: Tokens, num_gpus: int = 1) -> MemoryEstimate:

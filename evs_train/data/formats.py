@@ -298,7 +298,7 @@ def _missing(found: Row, wanted: tuple[str, ...], where: str) -> NoReturn:
     near = [guess for key in wanted for guess in difflib.get_close_matches(key, found, n=1)]
     names = " or ".join(f'"{key}"' for key in wanted)
     keys = ", ".join(map(str, found)) or "none"
-    hint = f'did you mean {names} by "{near[0]}"?' if near else ""
+    hint = f'did you mean {names} by "{near[0]}"?' if near else "docs/data.md shows the forms that rows may have"
     raise DataError(f"{where} has no {names}; its keys: {keys}", hint)
 
 

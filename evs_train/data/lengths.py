@@ -27,19 +27,9 @@ from pyarrow import feather
 
 from evs_train import evs
 from evs_train.data.chat import Example
-from evs_train.data.index import (
-    Facts,
-    Fault,
-    Kind,
-    MediaIndex,
-    key_of,
-    parallel,
-    probe_all,
-    replace_table,
-    state_of,
-    unknown,
-)
+from evs_train.data.index import Facts, Fault, Kind, MediaIndex, key_of, replace_table, state_of
 from evs_train.data.manifest import Sample
+from evs_train.data.probe import parallel, probe_all, unknown
 from evs_train.data.rows import RowReader
 from evs_train.data.sources import Source, name_of
 from evs_train.data.template import IGNORE_INDEX

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from evs_train.config import DataSection
 from evs_train.data.formats import read_row
 from evs_train.data.media import MediaFinder
 from evs_train.data.mixture import Part, rows_per_epoch, sources
 from evs_train.data.sources import FrameList, Source, TarMember, frame_files
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, EvsTrainError, MediaError
 
 SHOWN_ROWS = 20

@@ -49,12 +49,12 @@ class MediaFinder:
         path = self._path(value, "video")
         if not os.path.isdir(path):
             return self._file(value, "video")
-        self._fps()
         frames = frame_files(path)
         for frame in filter(os.path.islink, frames):
             self._confine(value, frame, "frame")
         if not frames:
             raise MediaError(f"no frames in the folder {path}", "it must hold .jpg, .png or the like", "no frames")
+        self._fps()
         return path
 
     def image(self, value: Any) -> str | TarMember:

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field, ValidationError
 
-from evs_train.config import DataSection, RowFormatName, Section
 from evs_train.data.media import lies_in
 from evs_train.data.readers import Number, read_file
+from evs_train.data_config import DataSection, RowFormatName, Section
 from evs_train.errors import DataError
 from evs_train.recipe import parse_yaml
 
@@ -167,7 +167,7 @@ def _read_listing(path: Path, data: DataSection, root: Path | None) -> list[RowS
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: listing cannot be read: {error}", "check the path in data.rows") from error
+        raise DataError(f"{path}: listing cannot be read: {error}", "check the path") from error
     try:
         listing = Listing.model_validate(parse_yaml(text, str(path)))
     except ValidationError as error:
@@ -215,5 +215,5 @@ def _files(entry: str) -> tuple[Path, ...]:
         return (Path(entry),)
     files = tuple(map(Path, sorted(glob.glob(entry))))
     if not files:
-        raise DataError(f"{entry}: no file matches", "check the pattern in data.rows")
+        raise DataError(f"{entry}: no file matches", "check the pattern")
     return files

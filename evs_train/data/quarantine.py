@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evs_train.config import DataSection
+from evs_train.data_config import DataSection
 from evs_train.disk import replace_text, whole_lines
 from evs_train.errors import BudgetError, Reason
 from evs_train.redaction import redact
@@ -59,7 +59,7 @@ class NoneLeftError(BudgetError):
     def __init__(self, bad: Sequence[BadSample]) -> None:
         super().__init__(
             f"draw {bad[0].draw} found no sample that can be read; the last one: {bad[-1].message}",
-            "see data.max_bad_in_a_row",
+            "correct or remove them (evs-train check finds all of them)",
         )
         self.bad = tuple(bad)
 

@@ -24,6 +24,7 @@ Number = int | str
 """What a row is called in its file: its number from 1, in JSONL that of its line, in a tar shard its key."""
 Rows = Iterator[tuple[Number, Any]]
 
+_ROWS = "; videos and images are named in rows (docs/data.md)"
 _CHUNK = 1 << 20
 _BATCH = 1024
 MOST_UNPACKED = 2 << 30
@@ -47,7 +48,7 @@ def read_file(path: Path) -> Rows:
         reader = READERS[suffix]
     else:
         known = ", ".join(READERS)
-        raise DataError(f"{path}: unknown kind of data file", f"known are {known}, and .yaml listings of them")
+        raise DataError(f"{path}: unknown kind of data file", f"known are {known}, and .yaml listings of them{_ROWS}")
     count = 0
     try:
         for numbered in reader(path):
@@ -55,7 +56,7 @@ def read_file(path: Path) -> Rows:
             count += 1
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(f"{path}: data file cannot be read: {reason}", "check the path in data.rows") from error
+        raise DataError(f"{path}: data file cannot be read: {reason}", "check the path") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text", "save the file as UTF-8") from error
     if count == 0:
@@ -210,7 +211,8 @@ def _saved_dataset(path: Path) -> Rows:
         raise DataError(f"{path}: holds several splits", "name the folder of one of them")
     if not (path / "dataset_info.json").is_file():
         raise DataError(
-            f"{path}: is a folder, but no data set written by save_to_disk", "name its files, such as folder/*.tar"
+            f"{path}: is a folder, but no data set written by save_to_disk",
+            f"name its files of rows, such as folder/*.tar{_ROWS}",
         )
     from datasets import load_from_disk  # noqa: PLC0415 (as above)
 

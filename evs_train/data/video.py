@@ -21,10 +21,10 @@ import numpy.typing as npt
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from evs_train.config import DataSection
 from evs_train.data.decoding import DECODER, DEFAULTS, Decoding
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.sources import FrameList, Source, TarMember, name_of
+from evs_train.data_config import DataSection
 
 CLOCK_HZ = 1000
 """Ticks per second of the clock that stands in for a frame rate where a video has none (see `video_metadata`)."""

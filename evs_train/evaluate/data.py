@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evs_train.config import DataSection
 from evs_train.data.formats import kind_of, listed, read_row
 from evs_train.data.manifest import Problem, Sample, all_faults, fingerprint, of_row
 from evs_train.data.media import MediaFinder
 from evs_train.data.mixture import sources
 from evs_train.data.sources import name_of
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, MediaError
 from evs_train.redaction import redact
 

@@ -91,7 +91,7 @@ def read_questions(options: EvalOptions) -> tuple[list[Question], dict[str, str]
     if options.on_error == "raise" or not questions:
         refuse(problems)
     if not questions:
-        raise DataError(f"{options.data[0]}: no question is there")
+        raise DataError(f"{options.data[0]}: no question is there", "docs/eval.md says what each layout expects")
     return questions[: options.limit], {problem.message: problem.message for problem in problems}
 
 

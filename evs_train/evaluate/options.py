@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from evs_train.config import DataSection, Layout, Positions, Rate, RowFormatName, Section
+from evs_train.config import Layout, Positions, Rate
+from evs_train.data_config import DataSection, RowFormatName, Section
 from evs_train.errors import RecipeError
-from evs_train.recipe import parse_yaml
+from evs_train.recipe import parse_value
 
 RATES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.8, 0.9)
 
@@ -159,7 +160,7 @@ def parse_options(words: Sequence[str]) -> EvalOptions:
         if not equals:
             raise RecipeError(f"'{word}' is not of the form key=value")
         plain = key in ("model", "data") and not value.startswith("[")  # an address is no YAML mapping
-        given[key] = value if plain else parse_yaml(value, f"the value of {key}")
+        given[key] = value if plain else parse_value(key, value)
     try:
         return EvalOptions.model_validate(given)
     except ValidationError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evs_train.errors import MediaError, RecipeError
-from evs_train.recipe import parse_yaml
+from evs_train.recipe import parse_value
 
 DATA_KEYS = (
     "fps", "num_frames", "min_frames", "max_frames", "frames_fps", "video_kwargs", "backend", "decode_timeout",
@@ -64,7 +64,7 @@ def read_options(videos: Sequence[str], arguments: Mapping[str, str]) -> Inspect
         named = f"{len(videos)} videos are named: {', '.join(videos)}" if videos else "no video is named"
         raise RecipeError(named, "evs-train inspect VIDEO model=CHECKPOINT [rate=Q or rate=[Q,Q]] [out=FILE]")
     video = videos[0]
-    data = {key: parse_yaml(arguments[key], f"the value of {key}") for key in DATA_KEYS if key in arguments}
+    data = {key: parse_value(key, arguments[key]) for key in DATA_KEYS if key in arguments}
     if not os.path.exists(video):
         raise MediaError(f"video not found: {video}", "check the path", "missing")
     if os.path.isdir(video) and data.get("frames_fps") is None:
@@ -80,12 +80,12 @@ def read_options(videos: Sequence[str], arguments: Mapping[str, str]) -> Inspect
         _writable(Path(arguments["out"] if "out" in arguments else f"{Path(video).resolve().stem}_kept.png")),
         DTYPES[arguments["dtype"]] if "dtype" in arguments else None,
         data,
-        {key: parse_yaml(arguments[key], f"the value of {key}") for key in MODEL_KEYS if key in arguments},
+        {key: parse_value(key, arguments[key]) for key in MODEL_KEYS if key in arguments},
     )
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    value = parse_yaml(text, "the value of rate")
+    value = parse_value("rate", text)
     rates = value if isinstance(value, list) else [value]
     fit = [isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < 1 for rate in rates]
     if not rates or not all(fit):

@@ -27,12 +27,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from evs_train.config import (
-    OWN_KWARGS,
-    DataSection,
-    ModelSection,
-    Positions,
-)
+from evs_train.config import ModelSection, Positions
+from evs_train.data_config import OWN_KWARGS, DataSection
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES, RELEASED_AS, REMOTE_FAMILIES, nemotron_release
 from evs_train.models.base import Family
@@ -54,7 +50,9 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
         ModelError: nothing readable is at `path`, its architecture is not supported, or its code may not be run.
     """
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"{path} holds no config.json", "model.path is a checkpoint directory or a hub name")
+        raise ModelError(
+            f"{path} holds no config.json", _of_a_run(path) or "a checkpoint's folder, or a hub name, is needed"
+        )
     if not Path(path).exists() and (Path(path).is_absolute() or len(Path(path).parts) > 2):  # no hub name: owner/name
         raise ModelError(f"the checkpoint {path} does not exist", "model.path is a checkpoint directory or a hub name")
     try:
@@ -82,9 +80,10 @@ def load_config(path: str, revision: str | None = None, trust_remote_code: bool 
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings
         return config
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise ModelError(
-            f"the checkpoint {path} cannot be read: {_reason(error)}", "check model.path and model.revision"
-        ) from error
+        hint = "check model.path and model.revision"
+        if not Path(path).exists():
+            hint = f"no folder here is called {path}, so the hub was asked for it: {hint}, the network, and your access"
+        raise ModelError(f"the checkpoint {path} cannot be read: {_reason(error)}", hint) from error
 
 
 def _code_options(model_type: str | None, revision: str | None) -> dict[str, Any]:
@@ -97,6 +96,15 @@ def _code_options(model_type: str | None, revision: str | None) -> dict[str, Any
 def _model_class(model_type: str) -> Any:
     """The class of transformers that makes the model; remote code is registered for `AutoModel`."""
     return AutoModel if model_type in REMOTE_FAMILIES else AutoModelForImageTextToText
+
+
+def _of_a_run(path: str) -> str:
+    """What to name in place of a run's folder, or of what it trained there; empty where `path` is neither."""
+    folder = Path(path)
+    run = folder.parent if folder.name == "final" or folder.name.startswith("checkpoint-") else folder
+    if not (run / "export" / "config.json").is_file():
+        return ""
+    return f"{run} is a run's folder; what it exported is {run / 'export'}"
 
 
 def _reason(error: Exception) -> str:
@@ -122,9 +130,8 @@ def load_family(model: ModelSection, data: DataSection, positions: Positions = "
     try:
         processor = load_processor(model.path, model.revision, config)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the processor of {model.path} cannot be read: {_reason(error)}", "its files belong beside config.json"
-        ) from error
+        hint = _of_a_run(model.path) or "its files belong beside config.json"
+        raise ModelError(f"the processor of {model.path} cannot be read: {_reason(error)}", hint) from error
     if processor.chat_template is None:
         raise ModelError(f"the processor of {model.path} has no chat template", "start from an instruction-tuned model")
     if config.model_type in FAMILIES:
@@ -218,7 +225,10 @@ def load_weights(model: ModelSection, config: Any, dtype: torch.dtype) -> PreTra
             **_code_options(config.model_type, model.revision),
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the weights of {model.path} cannot be loaded: {_reason(error)}") from error
+        raise ModelError(
+            f"the weights of {model.path} cannot be loaded: {_reason(error)}",
+            "all of them must be there, as safetensors; what model.attn_implementation names must be installed",
+        ) from error
     except AttributeError as error:
         if config.model_type not in REMOTE_FAMILIES:
             raise

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.batches import TrainingStream
 from evs_train.data.chat import Example
 from evs_train.data.manifest import read_data
@@ -20,6 +20,7 @@ from evs_train.data.quarantine import NoneLeftError
 from evs_train.data.rows import RowReader
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.schedule import FixedBatches, Slot
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, MediaError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family
@@ -153,6 +154,7 @@ def test_a_draw_gives_up(mixed_rows: Path, family: Family) -> None:
     assert {bad.sample_id for bad in error.bad} == {"two", "image", "text", "still", "both"}  # each once
     assert {bad.reason for bad in error.bad} == {"too long"}
     assert {bad.file for bad in error.bad} == {None}
+    assert "evs-train check finds all of them" in error.hint
 
 
 def test_a_row_longer_than_max_length_is_a_value_too(mixed_rows: Path, family: Family) -> None:

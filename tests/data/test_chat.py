@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.chat import THUMBNAIL_SIDE, Example, MediaItem, build_example, build_prompt
 from evs_train.data.manifest import Sample
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.data.video import Clip, video_metadata
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError
 from evs_train.models import FAMILIES
 from evs_train.models.base import Family, frames_tensor

@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 import pytest
 
-from evs_train.config import DataSection, RowFormatName
 from evs_train.data.formats import FORMATS, read_row
 from evs_train.data.manifest import TrainingData, read_data
 from evs_train.data.sources import FrameList
+from evs_train.data_config import DataSection, RowFormatName
 from evs_train.errors import DataError
 
 CLIP = "academic_source/Charades/001YG.mp4"

@@ -16,19 +16,22 @@ import pytest
 import torch
 from PIL import Image
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data import decode, index, rows
+from evs_train.data import probe as probing
 from evs_train.data.batches import TrainingStream
 from evs_train.data.decoded import Decoded, Sink
 from evs_train.data.decoding import Decoding
-from evs_train.data.index import Entry, Fault, Kind, MediaIndex, index_file, key_of, probe, probe_all, state_of, unknown
+from evs_train.data.index import Entry, Fault, Kind, MediaIndex, index_file, key_of, state_of
 from evs_train.data.manifest import read_rows
 from evs_train.data.media_files import MediaFile
 from evs_train.data.order import DrawOrder
+from evs_train.data.probe import probe, probe_all, unknown
 from evs_train.data.rows import RowReader
 from evs_train.data.schedule import FixedBatches, Slot
 from evs_train.data.sources import FrameList, Source, TarMember
 from evs_train.data.video import FrameSampling, read_video
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, MediaError
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family
@@ -125,7 +128,7 @@ def test_a_timeout_is_no_verdict(media: list[tuple[Kind, Source]], monkeypatch: 
     def slow(path: str, sampling: FrameSampling, **options: Any) -> object:
         raise MediaError(f"{path}: no frame in 60 s", reason="timeout")
 
-    monkeypatch.setattr(index, "read_video", slow)
+    monkeypatch.setattr(probing, "read_video", slow)
     error = probe("video", media[0][1], SAMPLING)
     assert isinstance(error, MediaError)
     assert error.reason == "timeout"

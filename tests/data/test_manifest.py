@@ -173,6 +173,7 @@ def test_bad_rows_are_refused(folder: Path, row: Any, message: str) -> None:
         ("rows.json", "[]", "holds no rows"),
         ("rows.jsonl", "\n", "holds no rows"),
         ("rows.csv", "a,b", r"unknown kind of data file \(known are .json, .jsonl, .parquet, .arrow, .tar, and .yaml"),
+        ("clip.mp4", "", r"unknown kind of data file .*videos and images are named in rows \(docs/data.md\)"),
         ("rows.json", None, "data file cannot be read: No such file"),
     ],
 )

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from evs_train.config import DataSection
 from evs_train.data.manifest import Samples, fingerprint, read_data
 from evs_train.data.sources import FrameList, frame_files, name_of
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, MediaError
 
 ANSWER = {"role": "assistant", "content": "This."}
@@ -62,9 +62,10 @@ def test_frames_of_an_unknown_rate_are_refused(root: Path, video: Any) -> None:
 def test_frames_that_are_not_there(root: Path) -> None:
     (root / "empty").mkdir()
     (root / "empty" / "notes.txt").write_text("no frame")
-    with pytest.raises(MediaError, match=r"row 1: no frames in the folder .*empty") as caught:
-        read(root, "empty", frames_fps=1)
-    assert caught.value.reason == "no frames"
+    for options in ({"frames_fps": 1}, {}):  # their rate is asked for where there are some
+        with pytest.raises(MediaError, match=r"row 1: no frames in the folder .*empty") as caught:
+            read(root, "empty", **options)
+        assert caught.value.reason == "no frames"
     with pytest.raises(MediaError, match=r"row 1: frame file not found: .*f2\.jpg"):
         read(root, ["frames/f1.jpg", "frames/f2.jpg"], frames_fps=1)
     with pytest.raises(DataError, match="a video is an empty list"):

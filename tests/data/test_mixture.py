@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from evs_train.config import DataSection
 from evs_train.data.manifest import TrainingData, fingerprint, read_data
 from evs_train.data.mixture import rows_per_epoch, subset_of
 from evs_train.data.order import DrawOrder, epoch_order
 from evs_train.data.schedule import Slot
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, EvsTrainError
 from evs_train.uptrain import Run
 from tests.runs import arguments, recipe_of

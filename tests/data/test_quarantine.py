@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from evs_train.config import DataSection
 from evs_train.data.quarantine import BadSample, Found, Quarantine
+from evs_train.data_config import DataSection
 from evs_train.errors import BudgetError, Reason
 
 

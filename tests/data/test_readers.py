@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value, disable_progress_bars
 
-from evs_train.config import DataSection
 from evs_train.data import readers
 from evs_train.data.manifest import TrainingData, read_data
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError
 
 disable_progress_bars()
@@ -142,7 +142,7 @@ def test_files_that_are_no_rows(folder: Path) -> None:
         "gone.parquet": "data file cannot be read: No such file",
         "rows.jsonl.gz": "compressed file is not read .decompress it, to rows.jsonl",
         "splits": "holds several splits",
-        ".": "is a folder, but no data set written by save_to_disk",
+        ".": "is a folder, but no data set written by save_to_disk .*; videos and images are named in rows",
     }.items():
         with pytest.raises(DataError, match=message):
             read(folder / name)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from evs_train.config import DataSection
 from evs_train.data.manifest import Samples, fingerprint, read_data
 from evs_train.data.sources import TarMember, read_bytes
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, MediaError
 
 TALK = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "This."}]

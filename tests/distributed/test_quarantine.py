@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from evs_train.config import DataSection
 from evs_train.data.manifest import Samples, read_data
 from evs_train.data.order import DrawOrder
+from evs_train.data_config import DataSection
 from evs_train.errors import BudgetError
 from evs_train.uptrain import Run
 from launch import uptrain

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from evs_train.config import DataSection
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, EvsTrainError, MediaError
 from evs_train.evaluate.data import LETTER_REQUEST, Question, assemble, data_fingerprint, refuse, rows_of
 from tests.conftest import write_noise

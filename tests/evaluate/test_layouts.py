@@ -243,3 +243,10 @@ def test_a_field_of_another_form_is_named(tmp_path: Path) -> None:
 def test_only_so_many(tmp_path: Path) -> None:
     videomme(tmp_path)
     assert [one.id for one in questions(tmp_path, "videomme", limit=1)] == ["001-1"]
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"no question")
+    options = EvalOptions(model=["unused"], data=[str(tmp_path)], layout="videomme")
+    with pytest.raises(DataError, match=r"no question is there \(docs/eval\.md says what each layout expects\)"):
+        read_questions(options)

@@ -120,5 +120,5 @@ def test_what_cannot_be_asked_is_told_before_weights_are_loaded(words: Words, tm
     (tmp_path / "empty.jsonl").write_text('{"id": "1", "question": "What?"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"empty\.jsonl"):
         Run(recipe_of(words("run", eval__data=tmp_path / "empty.jsonl", model__dtype="float32")))
-    with pytest.raises(RecipeError, match="every needs data"):
+    with pytest.raises(RecipeError, match=r"eval\.every needs eval\.data"):
         recipe_of(words("run", eval__data=[]))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers.video_utils import VideoMetadata
 
-from evs_train.config import DataSection
 from evs_train.data.video import read_video, video_metadata
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError
 from evs_train.evaluate import score
 from evs_train.evaluate.data import Question, assemble, rows_of

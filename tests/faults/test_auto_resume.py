@@ -52,12 +52,16 @@ def test_it_starts_where_there_is_nothing_and_goes_on_where_there_is(start: Call
     assert not (output / "older").exists()
 
 
-def test_it_starts_again_where_no_checkpoint_was_reached(start: Callable[..., Any], output: Path) -> None:
+def test_it_starts_again_where_no_checkpoint_was_reached(
+    start: Callable[..., Any], output: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    start()
+    with caplog.at_level(logging.WARNING):
+        start()
     assert steps(output) == [1, 2, 3]
-    assert len(list((output / "older").glob("*/metrics.jsonl"))) == 1  # nothing is lost
+    (before,) = (output / "older").glob("*/metrics.jsonl")  # nothing is lost, and nothing is moved in silence
+    assert f"{output} holds an earlier run, which was moved to {before.parent}" in caplog.text
 
 
 def test_a_broken_newest_one_is_named_and_passed_over(

@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from evs_train.config import DataSection
 from evs_train.data.formats import read_row
 from evs_train.data.manifest import read_data
+from evs_train.data_config import DataSection
 from evs_train.errors import EvsTrainError
 from evs_train.evaluate.options import parse_options
 from evs_train.recipe import RECIPES_DIR, load_recipe, recipe_names

@@ -21,7 +21,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from evs_train import strict
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data import decode_pyav, readers
 from evs_train.data.decoding import DECODER, Backend, Decoding
 from evs_train.data.manifest import read_data
@@ -29,6 +29,7 @@ from evs_train.data.media_files import locate
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.template import render
 from evs_train.data.video import read_image, read_video
+from evs_train.data_config import DataSection
 from evs_train.errors import DataError, EvsTrainError, MediaError, ModelError, RecipeError
 from evs_train.export import _trained_model
 from evs_train.inputs import deepspeed_file

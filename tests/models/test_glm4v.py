@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from transformers import Glm46VProcessor, Glm46VVideoProcessor
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.chat import Prepared
 from evs_train.data.video import Clip
+from evs_train.data_config import DataSection
 from evs_train.models.base import Family
 from evs_train.models.glm4v import Glm4v
 from evs_train.models.loading import load_family, without_weights

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.video import Clip, video_metadata
+from evs_train.data_config import DataSection
 from evs_train.models.base import Family, frames_tensor
 from evs_train.models.loading import load_config, load_family, load_weights
 from tests.parity.rig import Rig

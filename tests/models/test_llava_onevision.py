@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from evs_train.collate import Collator
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.batches import Examples
 from evs_train.data.chat import Example, Prepared, build_example
 from evs_train.data.manifest import Sample
 from evs_train.data.video import Clip
+from evs_train.data_config import DataSection
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family, load_weights
 from evs_train.models.tiny.llava_onevision import PATCHES

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ParakeetEncoderConfig
 
-from evs_train.config import PARTS, DataSection, LoraSection, ModelSection, OptimSection, Part, TuningSection
+from evs_train.config import PARTS, LoraSection, ModelSection, OptimSection, Part, TuningSection
+from evs_train.data_config import DataSection
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models import FAMILIES
 from evs_train.models.base import Family
@@ -178,8 +179,22 @@ def test_missing_path(path: str) -> None:
         load_config(path)
 
 
+def test_a_run_is_not_its_export(tmp_path: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    checkpoint = tiny_checkpoint("qwen3_vl")
+    (tmp_path / "export").symlink_to(checkpoint)
+    (tmp_path / "final").mkdir()
+    hint = rf"\({tmp_path} is a run's folder; what it exported is {tmp_path / 'export'}\)$"
+    with pytest.raises(ModelError, match=rf"^{tmp_path} holds no config.json {hint}"):
+        load_config(str(tmp_path))
+    shutil.copy(
+        checkpoint / "config.json", tmp_path / "final"
+    )  # all that a run in full leaves there beside its weights
+    with pytest.raises(ModelError, match=rf"^the processor of {tmp_path}/final cannot be read: .*{hint}"):
+        load_family(section(tmp_path / "final"), DataSection(rows=["unused.json"]))
+
+
 def test_a_folder_without_config_json(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=rf"^{tmp_path} holds no config.json"):
+    with pytest.raises(ModelError, match=rf"^{tmp_path} holds no config.json \(a checkpoint's folder"):
         load_config(str(tmp_path))
 
 
@@ -266,6 +281,7 @@ def test_weights_that_do_not_fit(
         save_file(weights, file, {"format": "pt"})
     with pytest.raises(ModelError, match=rf"^the weights of {folder} (cannot be loaded|lack 1 tensor)") as caught:
         load_weights(section(folder), load_config(str(folder)), torch.float32)
+    assert caught.value.hint
     if damage == "a tensor lacks":
         assert caught.value.message.endswith(name[name.index("layers.") :])
 

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
-from evs_train.config import PARTS, DataSection, ModelSection
+from evs_train.config import PARTS, ModelSection
 from evs_train.data.video import Clip
+from evs_train.data_config import DataSection
 from evs_train.errors import ModelError
 from evs_train.export import export_run
 from evs_train.models import FAMILIES, REMOTE_FAMILIES

@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.video import FrameSampling, read_video
+from evs_train.data_config import DataSection
 from evs_train.export import export_run
 from evs_train.models.loading import load_config, load_family, load_weights, without_weights
 from evs_train.models.nemotron_h_omni import NemotronHOmni

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.chat import Prepared
 from evs_train.data.video import Clip
+from evs_train.data_config import DataSection
 from evs_train.models.base import Family
 from evs_train.models.loading import load_family
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.video import Clip
+from evs_train.data_config import DataSection
 from evs_train.models.loading import load_family
 
 

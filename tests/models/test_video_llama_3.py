@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.video import Clip, video_metadata
+from evs_train.data_config import DataSection
 from evs_train.models.base import Family, frames_tensor
 from evs_train.models.loading import load_family, load_weights
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from evs_train.collate import BatchPlan, Collator
-from evs_train.config import DataSection, ModelSection
+from evs_train.config import ModelSection
 from evs_train.data.batches import Examples
 from evs_train.data.chat import Example
 from evs_train.data.manifest import read_rows
 from evs_train.data.rows import RowReader
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.template import IGNORE_INDEX
+from evs_train.data_config import DataSection
 from evs_train.models.base import Encoding
 from evs_train.models.loading import load_family, load_weights
 from evs_train.objectives import cross_entropies

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evs_train.config import DataSection, ModelSection, Positions
+from evs_train.config import ModelSection, Positions
+from evs_train.data_config import DataSection
 from evs_train.errors import RecipeError
 from evs_train.models import FAMILIES
 from evs_train.models.loading import load_family
