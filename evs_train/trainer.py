@@ -51,6 +51,7 @@ from evs_train.models.tuning import parameter_groups
 from evs_train.objectives import cross_entropies, teacher_kl
 from evs_train.preemption import Preemption, outlive_signals
 from evs_train.prune import EvsHook, Pass
+from evs_train.redaction import redact
 from evs_train.restore import SinceLog, num_generators, read_counts, seed_anew, set_options, write_counts
 from evs_train.tally import BACKENDS, Tally
 
@@ -292,6 +293,8 @@ class UptrainTrainer(Trainer):
 
         def write_into(staging: Path) -> None:
             self._staging = staging
+            if self.is_deepspeed_enabled:  # whose files hold its whole configuration, for tools that nothing here uses
+                self.deepspeed.config = redact(self.deepspeed.config)
             write(model, trial)
 
         try:
