@@ -55,9 +55,7 @@ from evs_train.prune import EvsHook
 from evs_train.tracking import Tracker
 from evs_train.trainer import UptrainTrainer
 
-DEEPSPEED_DIR = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
 _RECORDED_PACKAGES = ("evs-train", "torch", "transformers", "peft", "accelerate", "deepspeed", "decord2")
-_PICTURES_PER_STEP = 4
 
 
 @dataclass(frozen=True)

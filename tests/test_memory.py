@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from evs_train.inputs import DEEPSPEED_DIR
 from evs_train.memory import GIB, MemoryEstimate, estimate_memory
 from evs_train.models import FAMILIES
 from evs_train.objectives import cross_entropies, teacher_kl
-from evs_train.uptrain import DEEPSPEED_DIR, Run
+from evs_train.uptrain import Run
 from tests.runs import arguments, recipe_of
 
 
