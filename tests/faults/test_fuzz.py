@@ -39,7 +39,7 @@ SHARES = {
     "listings": 0.08,
     "bytes": 0.2,
     "tables": 0.02,
-    "indexes": 0.02,
+    "index": 0.02,
 }
 
 
