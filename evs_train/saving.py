@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from evs_train.commit import Checkpoints
+from evs_train.redaction import redact
 
 
 class SavingTrainer(Trainer):
@@ -38,6 +39,8 @@ class SavingTrainer(Trainer):
 
         def write_into(staging: Path) -> None:
             self._staging = staging
+            if self.is_deepspeed_enabled:  # whose files hold its whole configuration, for tools that nothing here uses
+                self.deepspeed.config = redact(self.deepspeed.config)
             write(model, trial)
 
         try:

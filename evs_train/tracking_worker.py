@@ -24,6 +24,8 @@ from urllib.parse import urlsplit
 
 _MESSAGE = 4 << 20
 _HARD_SECONDS = 50.0
+_STEP = "step"
+"""The optimizer step, by which W&B draws. Its own count goes on from the last one that it has (seen: `wandb sync`)."""
 
 Message = dict[str, Any]
 
@@ -102,17 +104,20 @@ def _init(wandb: Any, begin: Message, mode: str) -> Any:
         x_stats_pid=os.getppid(),
     )
     config = json.loads(Path(begin["record"]).read_text(encoding="utf-8"))
-    return wandb.init(
+    run = wandb.init(
         project=begin["project"], name=begin["name"], tags=begin["tags"] or None, config=config, settings=settings
     )
+    run.define_metric("*", step_metric=_STEP)
+    return run
 
 
 def _pass_on(wandb: Any, run: Any, message: Message) -> None:
     step = message["step"]
     if "log" in message:
-        run.log(message["log"], step=step)
+        run.log({**message["log"], _STEP: step}, step=step)
     elif "pictures" in message:
-        run.log({message["pictures"]: [wandb.Image(file) for file in message["files"]]}, step=step)
+        pictures = [wandb.Image(file) for file in message["files"]]
+        run.log({message["pictures"]: pictures, _STEP: step}, step=step)
     else:
         chart = wandb.plot.line_series(
             message["xs"],
@@ -121,7 +126,7 @@ def _pass_on(wandb: Any, run: Any, message: Message) -> None:
             title="accuracy against pruning rate",
             xname="pruning rate",
         )
-        run.log({message["curves"]: chart}, step=step)
+        run.log({message["curves"]: chart, _STEP: step}, step=step)
 
 
 def _has_key(environment: Mapping[str, str] = os.environ) -> bool:

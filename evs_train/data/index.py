@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -133,23 +134,44 @@ class MediaIndex:
         Raises:
             DataError: the file cannot be read.
         """
-        try:
-            table = feather.read_table(path, columns=None if facts else list(_FIRST_COLUMNS))
-        except (FileNotFoundError, NotADirectoryError):
+        table = read_table(path, None if facts else _FIRST_COLUMNS)
+        if table is None or (table.schema.metadata or {}).get(b"evs_index") != VERSION.encode():
             return cls()
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise DataError(
-                f"{path}: the index cannot be read: {error}", "remove it; evs-train check writes it"
-            ) from error
-        if (table.schema.metadata or {}).get(b"evs_index") != VERSION.encode():
-            return cls()
+        if list(table.schema) != [column for column in _SCHEMA if facts or column.name in _FIRST_COLUMNS]:
+            raise damaged(path, "its columns are others")
         rows = (restore(row) for batch in table.to_batches(1024) for row in batch.to_pylist())
-        return cls({row.pop("key"): _entry(row) for row in rows})
+        try:
+            return cls({row.pop("key"): _entry(row) for row in rows})
+        except (AssertionError, TypeError) as error:  # a reason that there is not; a list that is missing
+            raise damaged(path, error) from error
 
     def write(self, path: Path) -> None:
         """Replace the file. Raises OSError."""
         rows = [redact({"key": key, **_row(entry)}) for key, entry in self.entries.items()]
         replace_table(path, pyarrow.Table.from_pylist(rows, schema=_SCHEMA))
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pyarrow.Table | None:
+    """The table in a file, or some of its columns, checked; None where there is no file.
+
+    Unchecked, offsets that are damaged lead out of the file's memory and end the process when a value is read (seen).
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        table = feather.read_table(path, columns=columns)
+        table.validate(full=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:  # a length may ask for any memory
+        raise damaged(path, error) from error
+    return table
+
+
+def damaged(path: Path, what: object) -> DataError:
+    """The error of a file that is made again when it is gone."""
+    return DataError(f"{path}: cannot be read: {what}", "remove it; evs-train check writes it again")
 
 
 def replace_table(path: Path, table: pyarrow.Table) -> None:

@@ -23,11 +23,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow
-from pyarrow import feather
 
 from evs_train import evs
 from evs_train.data.chat import Example
-from evs_train.data.index import Facts, Fault, Kind, MediaIndex, key_of, replace_table, state_of
+from evs_train.data.index import (
+    Facts,
+    Fault,
+    Kind,
+    MediaIndex,
+    damaged,
+    key_of,
+    read_table,
+    replace_table,
+    state_of,
+)
 from evs_train.data.manifest import Sample
 from evs_train.data.probe import parallel, probe_all, unknown
 from evs_train.data.rows import RowReader
@@ -225,12 +234,11 @@ class RowCache:
         self.path = path
         self._settings = _settings(reader)
         self._rows: dict[str, str] = {}
-        try:
-            table = feather.read_table(path)
-        except (FileNotFoundError, NotADirectoryError):
+        table = read_table(path)
+        if table is None:
             return
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise DataError(f"{path}: cannot be read: {error}", "remove it; it is made again") from error
+        if table.column_names != ["key", "row"]:
+            raise damaged(path, "its columns are others")
         self._rows = dict(zip(table["key"].to_pylist(), table["row"].to_pylist(), strict=True))
 
     def key(self, sample: Sample) -> str:
@@ -240,15 +248,18 @@ class RowCache:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def find(self, key: str, longest: int | None = None) -> PlannedRow | None:
-        """The row of this key, if all levels are known that `plan_row` would give it."""
-        text = self._rows.get(key)
-        if text is None:
+        """The row of this key, if all levels are known that `plan_row` would give it. Raises DataError."""
+        if key not in self._rows:
             return None
-        sample_id, row, is_whole, *levels = json.loads(text)
-        found = [
-            Length(num_tokens, num_supervised, num_image_tokens, tuple(units), tuple(tokens))
-            for num_tokens, num_supervised, num_image_tokens, units, tokens in levels
-        ]
+        text = self._rows[key]
+        try:
+            sample_id, row, is_whole, *levels = json.loads(text)
+            found = [
+                Length(num_tokens, num_supervised, num_image_tokens, tuple(units), tuple(tokens))
+                for num_tokens, num_supervised, num_image_tokens, units, tokens in levels
+            ]
+        except (ValueError, TypeError) as error:
+            raise damaged(self.path, error) from error
         if longest is not None and not is_whole and found[-1].num_tokens > longest:
             return None
         return PlannedRow(sample_id, restore(row), tuple(found), is_whole)

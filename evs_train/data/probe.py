@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from evs_train.data.decoding import DEFAULTS, Decoding
 from evs_train.data.index import Entry, Facts, Fault, Kind, MediaIndex, key_of, state_of
 from evs_train.data.sampling import FrameSampling
-from evs_train.data.sources import Source, name_of
+from evs_train.data.sources import FrameList, Source, name_of
 from evs_train.data.video import read_image, read_video
 from evs_train.errors import MediaError, Reason
 
@@ -39,7 +39,8 @@ def probe(
     state, backend = state_of(source), None
     try:
         if kind == "image":
-            width, height = read_image(source, decoding=decoding).size  # type: ignore[arg-type]
+            assert not isinstance(source, FrameList)
+            width, height = read_image(source, decoding=decoding).size
             facts = Facts("image", width, height, codec=Path(name_of(source)).suffix.lower().lstrip("."))
         else:
             clip = read_video(source, sampling, verify=known is None, decoding=decoding)

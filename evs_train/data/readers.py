@@ -187,7 +187,8 @@ def _table(path: Path, kind: str) -> Rows:
         yield from _numbered(
             load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
         )
-    except (ValueError, MemoryError) as error:  # pyarrow's; a damaged length may ask for more memory than there is
+    # Of pyarrow, where a damaged length may ask for any memory, or of `datasets`, over what it notes in the file.
+    except (ValueError, LookupError, TypeError, NotImplementedError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read as {kind}: {error}", "write or copy the file again") from error
 
 
@@ -214,9 +215,17 @@ def _saved_dataset(path: Path) -> Rows:
             f"{path}: is a folder, but no data set written by save_to_disk",
             f"name its files of rows, such as folder/*.tar{_ROWS}",
         )
-    from datasets import load_from_disk  # noqa: PLC0415 (as above)
-
-    yield from _numbered(load_from_disk(str(path)).to_iterable_dataset())
+    # Not by `load_from_disk`: it maps the files and checks nothing, and damaged ones end the process (seen).
+    state = path / "state.json"
+    try:
+        names = [entry["filename"] for entry in read_json(state.read_text(encoding="utf-8"))["_data_files"]]
+        inside = [path / name for name in names if Path(name).name == name]
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{state}: names no data files: {error!r}", "write or copy the data set again") from error
+    if len(inside) < len(names):
+        raise DataError(f"{state}: names a data file that is not in the folder", "write the data set again")
+    rows = (row for file in inside for _, row in _table(file, "arrow"))
+    yield from enumerate(rows, start=1)
 
 
 def _numbered(table: Any) -> Rows:

@@ -4,8 +4,8 @@ In each clip one coloured shape crosses the picture and a second one appears or 
 textured background. It stands still in clips with an even number, so that most of the picture is redundant from frame
 to frame, which is what pruning looks for; the others have slight sensor noise. The answers are short captions of
 several facts: tiny models learn those quickly, and hardly learn single-word targets.
-Invariant: rows and files are a function of the arguments (the bytes of the files of the encoder's version as well), and
-a folder that exists under its final name is complete.
+Invariant: rows and files are a function of the arguments and of `_renderer()`: a folder that another version of this
+file or of a library has written is written anew. A folder that exists under its final name is complete.
 
 Cost: about 10 ms and 10 kB a clip at the default size.
 
@@ -15,6 +15,7 @@ Not here: realism, sound, and any claim that a model which learns this has learn
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -26,12 +27,10 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
+import PIL
 from PIL import Image, ImageDraw
 
 from evs_train.errors import DataError, EvsTrainError, report
-
-VERSION = 1
-"""Counts changes of what the same arguments draw or say."""
 
 COLORS = {
     "red": (220, 40, 40),
@@ -66,7 +65,6 @@ class World:
     size: int
     num_frames: int
     fps: float
-    version: int = VERSION
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,7 @@ def write_dataset(
     Of eight rows in `train.jsonl`, six are about a clip (each clip has one row), one is text only and one is about a
     PNG of a clip's last frame. Every 16th clip has a single frame. All is written to a folder next to `out_dir` and
     renamed at the end; a folder with the same `world.json` is left alone, so several processes may call this at once.
+    In a folder of the same arguments by another renderer each file is replaced, and other files stay.
 
     Args:
         out_dir: folder to make.
@@ -139,22 +138,47 @@ def write_dataset(
         )
     out_dir = Path(out_dir)
     world = World(num_clips, seed, size, num_frames, float(fps))
-    if not _is_written(out_dir, world):
+    if _found_in(out_dir) != _stamp(world):
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as staging:
             staged = Path(staging) / "data"
             _write_world(staged, world)
-            try:
-                staged.rename(out_dir)
-            except OSError as error:
-                if not _is_written(out_dir, world):  # another process may have been faster
-                    raise DataError(f"{out_dir}: holds something else", "name another folder, or remove it") from error
+            _publish(staged, out_dir, world)
     return out_dir / "train.jsonl"
 
 
-def _is_written(out_dir: Path, world: World) -> bool:
-    path = out_dir / "world.json"
-    return path.is_file() and path.read_text(encoding="utf-8") == _json(asdict(world))
+def _publish(staged: Path, out_dir: Path, world: World) -> None:
+    """Give the staged folder its name, or its files theirs where they are those of another renderer."""
+    if asdict(world).items() <= _found_in(out_dir).items():
+        for path in sorted(staged.rglob("*.*")):  # `world.json` comes last
+            target = out_dir / path.relative_to(staged)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+        return
+    try:
+        staged.rename(out_dir)
+    except OSError as error:
+        if _found_in(out_dir) != _stamp(world):  # another process may have been faster
+            raise DataError(f"{out_dir}: holds something else", "name another folder, or remove it") from error
+
+
+def _found_in(out_dir: Path) -> dict[str, Any]:
+    """What the `world.json` of a folder says; nothing, where there is none."""
+    try:
+        found = json.loads((out_dir / "world.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _stamp(world: World) -> dict[str, Any]:
+    return {**asdict(world), "renderer": _renderer()}
+
+
+def _renderer() -> str:
+    """What the files depend on beside the arguments: this file, and the libraries that draw and encode."""
+    libraries = f"numpy {np.__version__}, Pillow {PIL.__version__}, PyAV {av.__version__}"
+    return hashlib.sha256(Path(__file__).read_bytes() + libraries.encode()).hexdigest()[:16]
 
 
 def _write_world(folder: Path, world: World) -> None:
@@ -175,7 +199,7 @@ def _write_world(folder: Path, world: World) -> None:
             Image.fromarray(pictures[-1]).save(folder / image)
             rows.append(_row(f"image-{clip:06d}", _pick(rng, IMAGE_QUESTIONS), scene.still_caption(), image=image))
     (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    (folder / "world.json").write_text(_json(asdict(world)), encoding="utf-8")
+    (folder / "world.json").write_text(json.dumps(_stamp(world), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _scene(rng: np.random.Generator, clip: int, world: World) -> Scene:
@@ -260,10 +284,6 @@ def _noun(thing: tuple[str, str]) -> str:
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

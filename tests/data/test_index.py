@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any, cast
 
 import av
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import feather
 
 from evs_train.config import ModelSection
-from evs_train.data import decode, index, rows
+from evs_train.data import decode, index, lengths, rows
 from evs_train.data import probe as probing
 from evs_train.data.batches import TrainingStream
 from evs_train.data.decoded import Decoded, Sink
@@ -162,8 +165,53 @@ def test_states_of_what_is_no_file(tmp_path: Path) -> None:
 def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
     assert MediaIndex.read(tmp_path / "none.arrow") == MediaIndex()
     (tmp_path / "torn.arrow").write_bytes(b"ARROW1 and no more")
-    with pytest.raises(DataError, match=r"torn\.arrow: the index cannot be read"):
+    with pytest.raises(DataError, match=r"torn\.arrow: cannot be read"):
         MediaIndex.read(tmp_path / "torn.arrow")
+
+
+INT64_MAX = 2**63 - 1
+
+
+@pytest.mark.parametrize("facts", [False, True])
+@pytest.mark.parametrize(
+    ("compression", "old", "new", "reason"),
+    [
+        ("uncompressed", struct.pack("<4i", 0, 4, 8, 12), struct.pack("<4i", 0, 4, 8, 2**30), "out of bounds"),
+        ("uncompressed", struct.pack("<4i", 0, 4, 8, 12), struct.pack("<4i", 0, 8, 4, 12), "non-monotonic"),
+        ("uncompressed", b"/001", b"/0\xff1", "UTF8"),
+        ("uncompressed", b"truncated", b"truncatef", "truncatef"),
+        ("uncompressed", b"mtime_ns", b"mtime_xx", "mtime_ns|columns"),
+        ("lz4", struct.pack("<q", 8 * 600), struct.pack("<q", 2**50), "malloc|allocat|emory"),
+        ("lz4", struct.pack("<q", 8 * 600), struct.pack("<q", INT64_MAX), "."),
+    ],
+)
+def test_one_that_is_damaged(
+    tmp_path: Path, facts: bool, compression: str, old: bytes, new: bytes, reason: str
+) -> None:
+    """Offsets that lead out of the file would end the process, and a length may ask for more memory than there is."""
+    found = MediaIndex({f"/{n:03}": Entry(600, n, fault=Fault("m", "h", "truncated")) for n in range(600)})
+    found.write(tmp_path / "media.arrow")
+    feather.write_feather(feather.read_table(tmp_path / "media.arrow"), tmp_path / "media.arrow", compression)
+    assert MediaIndex.read(tmp_path / "media.arrow", facts=facts) == found
+    whole = (tmp_path / "media.arrow").read_bytes()
+    assert old in whole
+    (tmp_path / "media.arrow").write_bytes(whole.replace(old, new))
+    with pytest.raises(DataError, match=rf"media\.arrow: cannot be read: .*(?:{reason})"):
+        MediaIndex.read(tmp_path / "media.arrow", facts=facts)
+
+
+def test_lengths_that_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lengths, "_settings", lambda reader: {})
+    file = tmp_path / "media.rows.arrow"
+    index.replace_table(file, pyarrow.table({"key": ["a", "b"], "row": ["[1", None]}))
+    cache = lengths.RowCache(file, cast("RowReader", None))
+    assert cache.find("c") is None
+    for key in ("a", "b"):
+        with pytest.raises(DataError, match=r"media\.rows\.arrow: cannot be read"):
+            cache.find(key)
+    index.replace_table(file, pyarrow.table({"key": ["a"]}))
+    with pytest.raises(DataError, match="columns"):
+        lengths.RowCache(file, cast("RowReader", None))
 
 
 def test_one_of_another_version_is_empty(

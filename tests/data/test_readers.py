@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,16 @@ def test_columns_of_older_and_typed_data_sets(folder: Path) -> None:
 def test_files_that_are_no_rows(folder: Path) -> None:
     (folder / "bad.parquet").write_bytes(b"nonsense, and not a little of it")
     (folder / "bad.arrow").write_bytes(b"nonsense, and not a little of it")
+    odd = {b"huggingface": b'{"info": {"features": {"id": {"_type": "Sequence"}}}}'}
+    pq.write_table(pa.Table.from_pylist(ROWS).replace_schema_metadata(odd), folder / "odd.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS).replace_schema_metadata({b"huggingface": b"3"}), folder / "odder.parquet")
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(b"{}"))
     DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(str(folder / "splits"))
     for name, message in {
         "bad.parquet": "cannot be read as parquet",
         "bad.arrow": "cannot be read as arrow",
+        "odd.parquet": "cannot be read as parquet",
+        "odder.parquet": "cannot be read as parquet",
         "gone.parquet": "data file cannot be read: No such file",
         "rows.jsonl.gz": "compressed file is not read .decompress it, to rows.jsonl",
         "splits": "holds several splits",
@@ -153,3 +159,27 @@ def test_one_line_in_another_encoding_is_one_bad_row(folder: Path) -> None:
     (folder / "rows.jsonl").write_bytes(b"\n".join([lines[0], '{"x": "é"}'.encode("latin-1"), lines[1]]))
     with pytest.raises(DataError, match=r"rows\.jsonl row 2: not UTF-8 text \(byte 7 of the line\)"):
         read(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "reason"),
+    [
+        ("data-00000-of-00001.arrow", struct.pack("<3i", 0, 1, 2), struct.pack("<3i", 0, 1, 2**30), "out of bounds"),
+        ("state.json", b'"filename": "', b'"filename": "../saved/', "not in the folder"),
+        ("state.json", b'"_data_files"', b'"_data"', "names no data files"),
+        ("state.json", b'"filename": "', b'"filename": 3, "b": "', "names no data files"),
+    ],
+)
+def test_a_saved_data_set_that_is_damaged(folder: Path, name: str, old: bytes, new: bytes, reason: str) -> None:
+    """`datasets` maps it and checks nothing: offsets that lead out of the file would end the process."""
+    rows = [
+        {"id": name, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "A."}]}
+        for name in "ab"
+    ]
+    Dataset.from_list(rows).save_to_disk(str(folder / "saved"))
+    assert answers(read(folder / "saved")) == ["A.", "A."]
+    whole = (folder / "saved" / name).read_bytes()
+    assert old in whole
+    (folder / "saved" / name).write_bytes(whole.replace(old, new))
+    with pytest.raises(DataError, match=reason):
+        read(folder / "saved")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evs_train.data import synthetic
 from evs_train.data.manifest import fingerprint, read_rows
 from evs_train.data.sampling import FrameSampling
 from evs_train.data.synthetic import write_dataset
@@ -88,9 +90,13 @@ def test_still_clips_change_in_few_places_and_noisy_ones_everywhere(dataset: Pat
     assert min(noisy) > 0.7
 
 
-def test_rows_are_repeatable_and_depend_on_the_seed(dataset: Path, tmp_path: Path) -> None:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_are_repeatable_and_depend_on_the_seed(dataset: Path, tmp_path: Path) -> None:
     again = write_dataset(tmp_path / "again", num_clips=32, seed=3)
-    assert again.read_bytes() == dataset.read_bytes()
+    assert contents(again.parent) == contents(dataset.parent)
     assert fingerprint(read_rows([again])) == fingerprint(read_rows([dataset]))
     assert write_dataset(tmp_path / "other", num_clips=32, seed=4).read_bytes() != dataset.read_bytes()
 
@@ -104,6 +110,31 @@ def test_a_written_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
     assert write_dataset(tmp_path / "shapes", num_clips=2) == rows
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shapes").rglob("*")} == before
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]  # no staging folder stays behind
+
+
+def test_files_of_another_renderer_are_replaced_and_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shapes"
+    write_dataset(folder, num_clips=2)
+    rendered = contents(folder)
+    monkeypatch.setattr("evs_train.data.synthetic._encode", lambda path, *_: path.write_bytes(b"of an older version"))
+    monkeypatch.setattr("evs_train.data.synthetic._renderer", lambda: "another")
+    (folder / "notes.txt").write_text("mine")
+    write_dataset(folder, num_clips=2)
+    assert (folder / "clips" / "000001.mp4").read_bytes() == b"of an older version"
+    monkeypatch.undo()
+    write_dataset(folder, num_clips=2)
+    assert contents(folder) == {**rendered, "notes.txt": b"mine"}
+    with pytest.raises(DataError, match="holds something else"):
+        write_dataset(folder, num_clips=3)
+
+
+def test_the_renderer_is_this_code_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = synthetic._renderer()
+    assert before == synthetic._renderer()
+    monkeypatch.setattr("av.__version__", "0")
+    assert synthetic._renderer() != before
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,11 +154,15 @@ def test_impossible_worlds_are_refused(tmp_path: Path, arguments: dict[str, int]
 
 
 def test_command_line(tmp_path: Path) -> None:
+    """Another process, with as many threads as it likes, writes the same files."""
     command = [sys.executable, "-m", "evs_train.data.synthetic", "--out", str(tmp_path / "shapes"), "--clips", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    threads = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, env=threads, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == tmp_path / "shapes" / "train.jsonl"
     world = json.loads((tmp_path / "shapes" / "world.json").read_text())
-    assert world == {"fps": 8.0, "num_clips": 2, "num_frames": 16, "seed": 0, "size": 96, "version": 1}
+    arguments = {"fps": 8.0, "num_clips": 2, "num_frames": 16, "seed": 0, "size": 96}
+    assert world == {**arguments, "renderer": synthetic._renderer()}
+    assert contents(tmp_path / "shapes") == contents(write_dataset(tmp_path / "here", num_clips=2).parent)
     failed = subprocess.run([*command[:-1], "0"], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: no such world")

@@ -1,4 +1,4 @@
-"""Parsers of rows, recipes, listings and shards under inputs made to break them: only our own errors may come out.
+"""Parsers of rows, recipes, listings, shards and indexes under inputs made to break them: only our errors may come out.
 
 Inputs are valid ones, changed: other types and values anywhere, keys lost, doubled and misspelt, bytes flipped, cut off
 and repeated. `make fuzz` runs 100,000, shared out by `SHARES`; a test run a few hundred, always the same ones.
@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from evs_train.data.formats import read_row
+from evs_train.data.index import Entry, Facts, Fault, MediaIndex
 from evs_train.data.manifest import read_data
 from evs_train.data_config import DataSection
 from evs_train.errors import EvsTrainError
@@ -31,7 +32,15 @@ from evs_train.evaluate.options import parse_options
 from evs_train.recipe import RECIPES_DIR, load_recipe, recipe_names
 
 INPUTS = int(os.environ.get("EVS_TRAIN_FUZZ", "600"))
-SHARES = {"rows": 0.5, "recipes": 0.1, "overrides": 0.1, "listings": 0.08, "bytes": 0.2, "tables": 0.02}
+SHARES = {
+    "rows": 0.48,
+    "recipes": 0.1,
+    "overrides": 0.1,
+    "listings": 0.08,
+    "bytes": 0.2,
+    "tables": 0.02,
+    "index": 0.02,
+}
 
 
 def fuzzed(share: str) -> Callable[[Any], Any]:
@@ -179,6 +188,16 @@ def refused_or_read(call: Callable[[], object]) -> None:
         assert str(error).encode("utf-8", "backslashreplace")  # noqa: PT017
 
 
+def write_yaml(file: Path, raw: Any) -> bool:
+    """Whether there is a YAML text for `raw`, and it was written."""
+    try:
+        text = yaml.safe_dump(raw, allow_unicode=True)
+    except (yaml.YAMLError, ValueError):
+        return False
+    file.write_text(text, encoding="utf-8", errors="surrogatepass")
+    return True
+
+
 def section(root: Path, file: Path, **options: Any) -> DataSection:
     return DataSection(rows=[str(file)], media_root=str(root), frames_fps=2.0, **options)
 
@@ -203,12 +222,8 @@ def test_rows(root: Path, row: Any, form: str) -> None:
 @given(raw=changed([yaml.safe_load((RECIPES_DIR / f"{name}.yaml").read_text()) for name in recipe_names()]))
 def test_recipes(root: Path, raw: Any) -> None:
     file = root / "recipe.yaml"
-    try:
-        text = yaml.safe_dump(raw, allow_unicode=True)
-    except (yaml.YAMLError, ValueError):
-        return
-    file.write_text(text, encoding="utf-8", errors="surrogatepass")
-    refused_or_read(lambda: load_recipe([f"recipe={file}"]))
+    if write_yaml(file, raw):
+        refused_or_read(lambda: load_recipe([f"recipe={file}"]))
 
 
 KEYS = [
@@ -248,12 +263,8 @@ def test_overrides(words: list[tuple[str, str]]) -> None:
 def test_listings(root: Path, raw: Any) -> None:
     (root / "ok.json").write_text(json.dumps(ROWS[:1] * 4), encoding="utf-8")
     file = root / "listing.yaml"
-    try:
-        text = yaml.safe_dump(raw, allow_unicode=True)
-    except (yaml.YAMLError, ValueError):
-        return
-    file.write_text(text, encoding="utf-8", errors="surrogatepass")
-    refused_or_read(lambda: read_data(section(root, file)))
+    if write_yaml(file, raw):
+        refused_or_read(lambda: read_data(section(root, file)))
 
 
 def shard() -> bytes:
@@ -304,6 +315,17 @@ def test_damaged_tables(root: Path, suffix: str, chance: random.Random) -> None:
     file = root / f"damaged{suffix}"
     file.write_bytes(damaged(TABLES[suffix], chance))
     refused_or_read(lambda: read_data(section(root, file)))
+
+
+@fuzzed("index")
+@given(facts=st.booleans(), chance=st.randoms(use_true_random=False))
+def test_damaged_indexes(root: Path, facts: bool, chance: random.Random) -> None:
+    file = root / "media.arrow"
+    video = Facts("video", 64, 48, "h264", 16, 8.0, 2.0, 0, "fps 2", (0, 4, 8), (0.0, 0.5, 1.0))
+    good = {f"/clips/{number}.mp4": Entry(1000 + number, 5, video, backend="decord") for number in range(5)}
+    MediaIndex({**good, "/bad.mp4": Entry(7, 5, fault=Fault("damaged", "remove it", "truncated"))}).write(file)
+    file.write_bytes(damaged(file.read_bytes(), chance))
+    refused_or_read(lambda: MediaIndex.read(file, facts=facts))
 
 
 TABLES = tables()

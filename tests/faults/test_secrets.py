@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from evs_train.export import export_run
 from evs_train.redaction import redact, restore
 from evs_train.uptrain import Run
 from tests.faults.wandb_server import Server
-from tests.runs import arguments, recipe_of
+from tests.runs import ROOT, arguments, recipe_of
 
 ENVIRONMENT = {
     "WANDB_API_KEY": "c0ffee00c0ffee11c0ffee22c0ffee33c0ffee44",
@@ -76,14 +78,22 @@ def files_with_secrets(folder: Path, home: Path, *, inputs: set[Path]) -> list[s
     found = []
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path not in inputs:
-            found += searched(path.name.encode() + path.read_bytes(), home, str(path.relative_to(folder)))
-            if path.suffix == ".arrow":  # compressed
-                found += searched(
-                    json.dumps(feather.read_table(path).to_pylist()).encode(), home, f"{path.name}, unpacked"
-                )
+            for part, content in unpacked(path):
+                found += searched(path.name.encode() + content, home, f"{path.relative_to(folder)}{part}")
         if path.is_symlink():
             found += searched(os.readlink(path).encode(), home, f"link {path.name}")
     return found
+
+
+def unpacked(path: Path) -> Iterator[tuple[str, bytes]]:
+    """A file's bytes, and what is packed in it: tables, and members of archives, which torch's files are."""
+    yield "", path.read_bytes()
+    if path.suffix == ".arrow":
+        yield ", unpacked", json.dumps(feather.read_table(path).to_pylist()).encode()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                yield f", {member}", member.encode() + archive.read(member)
 
 
 def test_nothing_secret_is_written_printed_or_sent(
@@ -94,8 +104,7 @@ def test_nothing_secret_is_written_printed_or_sent(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     base, data, output = home / "base", home / "data", home / "runs" / "one"
-    shutil.copytree(tiny_checkpoint("qwen3_vl"), base)
-    shutil.copytree(world.parent, data)
+    copy_inputs(tiny_checkpoint("qwen3_vl"), world, home)
     (data / "bad.mp4").write_bytes(b"not a video")
     rows = data / "rows.jsonl"
     bad = {"id": "bad", "video": str(data / "bad.mp4"), "conversations": [
@@ -111,7 +120,7 @@ def test_nothing_secret_is_written_printed_or_sent(
         "video": str(data / "clips/000000.mp4"),
     }
     questions.write_text(json.dumps(asked) + "\n")
-    inputs = {rows, questions, *(path for folder in (base, data) for path in folder.rglob("*") if path.is_file())}
+    inputs = files_in(home)
     words = arguments(
         base, rows, output, tuning__method="lora", train__steps=6, train__save_every=3, train__pictures_every=2,
         train__batch_size=4, data__max_bad_share=1.0,
@@ -150,7 +159,7 @@ def test_nothing_secret_is_written_printed_or_sent(
         *searched(printed, home, "printed"),
     ]
     assert not found, "\n".join(found)
-    assert not_safe(output) == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert not_safe(output) == OF_TRANSFORMERS
 
     # What is redacted is found again: the index knows its files, and the run its evaluation.
     index = MediaIndex.read(data / ".evs_index" / "media.arrow")
@@ -161,18 +170,74 @@ def test_nothing_secret_is_written_printed_or_sent(
         Run(recipe_of(words)).train()
 
 
+def test_full_weights_hold_nothing_secret(tiny_checkpoint: Callable[[str], Path], world: Path, home: Path) -> None:
+    base, rows = copy_inputs(tiny_checkpoint("qwen3_vl"), world, home)
+    inputs, output = files_in(home), home / "runs" / "one"
+    Run(recipe_of(arguments(base, rows, output, train__steps=1, train__save_every=1))).train()
+    exported = export_run(output, 0.5)
+    for folder in (output / "checkpoint-1", output / "final", exported.path):
+        assert (folder / "model.safetensors").is_file()
+    found = files_with_secrets(home, home, inputs=inputs)
+    assert not found, "\n".join(found)
+    assert not_safe(output) == OF_TRANSFORMERS
+
+
+def test_shards_of_deepspeed_hold_nothing_secret(
+    tiny_checkpoint: Callable[[str], Path], world: Path, home: Path
+) -> None:
+    """Also not what its configuration says, which it keeps in each shard. A run by our own command, with its export."""
+    base, rows = copy_inputs(tiny_checkpoint("qwen3_vl"), world, home)
+    monitor = {"enabled": False, "output_path": str(home / "monitor"), "job_name": ENVIRONMENT["HF_TOKEN"]}
+    shipped = json.loads((ROOT / "launch" / "deepspeed" / "zero2.json").read_text())
+    (home / "zero.json").write_text(json.dumps({**shipped, "csv_monitor": monitor}))
+    inputs, output = files_in(home), home / "runs" / "one"
+    words = arguments(
+        base, rows, output, deepspeed=home / "zero.json", train__steps=1, train__save_every=1, export__enabled=True
+    )
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "launch/uptrain.py", *words],
+        cwd=ROOT,
+        env={**os.environ, **alone, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:].decode()
+    found = files_with_secrets(home, home, inputs=inputs)
+    assert not found, "\n".join(found)
+    assert len(not_safe(output) - OF_TRANSFORMERS) == 2
+
+
+def copy_inputs(checkpoint: Path, world: Path, home: Path) -> tuple[Path, Path]:
+    """Copies of a base and of rows in the home folder."""
+    shutil.copytree(checkpoint, home / "base")
+    shutil.copytree(world.parent, home / "data")
+    return home / "base", home / "data" / world.name
+
+
+def files_in(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+OF_TRANSFORMERS = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
 def not_safe(output: Path) -> set[str]:
     """Names of files of the run that are pickles, or archives of such; final/ and export/ must have none."""
-    found = {
-        path
-        for path in output.rglob("*")
-        if path.is_file() and path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
-    }
-    assert not [path for path in found if not path.parent.name.startswith("checkpoint-")], found
+    found = {path for path in files_in(output) if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")}
+    assert not [path for path in found if not path.relative_to(output).parts[0].startswith("checkpoint-")], found
     for path in found:
-        with safe_globals():  # of NumPy, in the random state
-            torch.load(path, weights_only=True)
+        if path.name in OF_TRANSFORMERS:
+            with safe_globals():  # of NumPy, in the random state
+                torch.load(path, weights_only=True)
     return {path.name for path in found}
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_what_is_packed_is_searched(home: Path, compression: int) -> None:
+    with zipfile.ZipFile(home / "x.pt", "w", compression) as archive:
+        archive.writestr("data.pkl", f"{'-' * 99}{ENVIRONMENT['HF_TOKEN']}")
+    assert any("x.pt, data.pkl: " in line for line in files_with_secrets(home, home, inputs=set()))
 
 
 @pytest.mark.parametrize("what", ["_secrets", "_homes"])

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -149,11 +151,14 @@ def test_a_resumed_run_goes_on_under_its_id(record: Path, monkeypatch: pytest.Mo
         for resumed in (False, True):
             tracker = tracker_of(record, timeout=20.0)
             with tracker.running(record, resumed=resumed):
-                tracker.log({"loss": 1.0}, 3)
+                for step in (2, 3, 4) if resumed else (1, 2, 3):
+                    tracker.log({"loss": step + resumed / 2}, step)
             run_id = (record.parent / ID_FILE).read_text().strip()
             begins = [json.loads(body[body.index(b'{"query"') :]) for body in server.seen if b"UpsertBucket" in body]
             assert {one["variables"]["name"] for one in begins} == {run_id}
             assert any(b"RunResumeStatus" in body for body in server.seen) == resumed
+        # W&B leaves out steps that it has.
+        assert [(line["step"], line["loss"]) for line in server.history] == [(1, 1), (2, 2), (3, 3), (4, 4.5)]
 
 
 def test_training_without_a_server_and_its_continuation(
@@ -163,7 +168,7 @@ def test_training_without_a_server_and_its_continuation(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Losses are those of a run that is not tracked, to the bit; both halves have one id, to be joined by."""
+    """Losses are those of an untracked run, to the bit; `wandb sync` sends both parts, one behind the other."""
 
     def train(name: str, **overrides: object) -> list[float]:
         words = arguments(tiny_checkpoint("qwen3_vl"), world, tmp_path / name, train__save_every=2, **overrides)
@@ -184,7 +189,18 @@ def test_training_without_a_server_and_its_continuation(
     assert first.name == second.name == f"run-{run_id}.wandb"
     for name in (b"evs/video_tokens_after", b"evs/kept", b"lr/vision", b"tuning", b"data_fingerprint"):
         assert name in first.read_bytes(), name
-    assert str(alone[-1])[:8].encode() in second.read_bytes()
+    with Server().running() as server:
+        use(monkeypatch, server.url)
+        folders = [str(file.parent) for file in (second, first)]  # it goes by when they began
+        subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], cwd=tmp_path, check=True)
+    begins = [json.loads(body[body.index(b'{"query"') :]) for body in server.seen if b"UpsertBucket" in body]
+    assert {one["variables"]["name"] for one in begins} == {run_id}
+    # Those logged twice are there twice. W&B numbers the later ones anew, and is told to draw by our number.
+    sent = [(line["step"], line["loss"]) for line in server.history if "loss" in line]
+    both = list(enumerate(alone, 1))
+    assert sent == both + both[2:]
+    drawn_by = json.loads(begins[-1]["variables"]["config"])["_wandb"]["value"]["m"]
+    assert {one.get("1") or one["2"] for one in drawn_by} == {"step", "*"}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -12,11 +12,16 @@ from typing import Any
 
 
 class Server:
-    """Answers until `silent` is set; `seen` holds the bodies of all requests."""
+    """Answers until `silent` is set; `seen` holds the bodies of all requests, `history` what one run has logged.
+
+    As W&B's does, it takes lines of a history where the client says that they belong, over those that are there, and
+    says how many there are when a run is resumed (read: wandb/wandb, core/internal/filestream and runbranch/resume.go).
+    """
 
     def __init__(self, status: int = 200) -> None:
         self.silent = threading.Event()
         self.seen: list[bytes] = []
+        self.history: list[dict[str, Any]] = []
         self.over = threading.Event()
         server = self
 
@@ -29,7 +34,7 @@ class Server:
                 if server.silent.is_set():
                     server.over.wait(60)
                     return
-                answer = json.dumps(_answer(body)).encode()
+                answer = json.dumps(server.take(self.path, body)).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(answer)))
@@ -55,19 +60,28 @@ class Server:
             self._http.shutdown()
             self._http.server_close()
 
-
-def _answer(body: bytes) -> dict[str, Any]:
-    """What wandb-core 0.31 needs of W&B's GraphQL API to begin, to resume and to end a run."""
-    if b"UpsertBucket" in body:
-        asked = json.loads(body)["variables"]
-        project = {"name": "p", "entity": {"name": "e"}}
-        bucket = {"id": "aWQ=", "name": asked["name"], "displayName": "run", "project": project, "historyLineCount": 0}
-        return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
-    if b"RunResumeStatus" in body:
-        return {"data": {"model": {"id": "x", "name": "p", "entity": {"id": "e", "name": "e"}, "bucket": None}}}
-    if b"CreateRunFiles" in body:
-        return {"data": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": []}}}
-    return {"data": {}}
+    def take(self, path: str, body: bytes) -> dict[str, Any]:
+        """What wandb-core 0.31 needs of W&B's API to begin, to resume, to log and to end a run."""
+        count = len(self.history)
+        if path.endswith("file_stream"):
+            sent = json.loads(body).get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+            lines = [json.loads(line) for line in sent["content"]]
+            self.history[sent["offset"] : sent["offset"] + len(lines)] = lines
+            return {}
+        if b"UpsertBucket" in body:
+            asked = json.loads(body)["variables"]
+            project = {"name": "p", "entity": {"name": "e"}}
+            bucket = {"id": "aWQ=", "name": asked["name"], "displayName": "run", "project": project}
+            return {"data": {"upsertBucket": {"bucket": bucket | {"historyLineCount": count}, "inserted": count == 0}}}
+        if b"RunResumeStatus" in body:
+            counts = {"historyLineCount": count, "eventsLineCount": 0, "logLineCount": 0}
+            tails = {"historyTail": json.dumps([json.dumps(line) for line in self.history[-1:]]), "eventsTail": "[]"}
+            kept = {"summaryMetrics": "{}", "config": "{}", "wandbConfig": '{"t": 1}', "tags": [], "notes": ""}
+            bucket = {"id": "aWQ=", "name": "n", "displayName": "run", **counts, **tails, **kept} if count else None
+            return {"data": {"model": {"id": "x", "name": "p", "entity": {"id": "e", "name": "e"}, "bucket": bucket}}}
+        if b"CreateRunFiles" in body:
+            return {"data": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": []}}}
+        return {"data": {}}
 
 
 @contextmanager
