@@ -1,6 +1,7 @@
 # make uptrain   train, export and report the demo recipe (no GPU, no download of data or weights)
 # make test      the checks below, then the test suite
 # make faults    kills at every point and at 50 random times, in one process and in two (a quarter of an hour)
+# make exhaustive tests that take too long for each change, those of make faults among them
 # make test-gpu  what only a GPU can show
 # make fuzz      100,000 inputs made to break the parsers of rows, recipes, listings and shards (INPUTS=N for N)
 # make check     lint, format, types, import layers
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help uptrain bench bench-gpu proof test faults test-gpu fuzz check clean
+.PHONY: help uptrain bench bench-gpu proof test faults exhaustive test-gpu fuzz check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -43,6 +44,9 @@ test: check
 
 faults: $(STAMP)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults/test_kills.py -m "exhaustive or not exhaustive"
+
+exhaustive: $(STAMP)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m exhaustive
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest tests/gpu

@@ -23,7 +23,10 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("family", "deepspeed"), [("qwen3_vl", None), ("nemotron_h_omni", "zero3")])
+@pytest.mark.parametrize(
+    ("family", "deepspeed"),
+    [("qwen3_vl", None), pytest.param("nemotron_h_omni", "zero3", marks=pytest.mark.exhaustive)],
+)
 def test_two_processes_give_the_curve_of_one(
     family: str, deepspeed: str | None, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from evs_train.data.order import DrawOrder
 from evs_train.uptrain import Run
 from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of, torchrun, torchrun_each
 
-STEPS = 6
+STEPS = 4
 MODES = (None, "zero2", "zero3")
 
 

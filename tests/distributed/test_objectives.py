@@ -28,12 +28,10 @@ LORA: dict[str, Any] = {
 
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "teacher-ddp": ("qwen3_vl", TEACHER, {"deepspeed": None}),
     "teacher-lora-zero3": ("qwen3_vl", TEACHER, {"deepspeed": "zero3", **LORA}),
     "teacher-zero3": ("nemotron_h_omni", TEACHER, {"deepspeed": "zero3"}),
     "sandwich-ddp": ("nemotron_h_omni", SANDWICH, {"deepspeed": None, "train__gradient_checkpointing": True}),
     "sandwich-zero2": ("qwen3_vl", SANDWICH, {"deepspeed": "zero2"}),
-    "sandwich-zero3": ("qwen3_vl", SANDWICH, {"deepspeed": "zero3"}),
     "sandwich-checkpointing-zero3": ("glm4v", SANDWICH, {"deepspeed": "zero3", "train__gradient_checkpointing": True}),
 }
 
