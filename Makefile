@@ -1,7 +1,7 @@
 # make uptrain   train, export and report the demo recipe (no GPU, no download of data or weights)
 # make test      the checks below, then the test suite
 # make faults    kills at every point and at 50 random times, in one process and in two (a quarter of an hour)
-# make exhaustive tests that take too long for each change, those of make faults among them
+# make exhaustive  every test that takes too long for each change, those of make faults among them
 # make test-gpu  what only a GPU can show
 # make fuzz      100,000 inputs made to break the parsers of rows, recipes, listings and shards (INPUTS=N for N)
 # make check     lint, format, types, import layers

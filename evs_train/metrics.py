@@ -36,11 +36,11 @@ def metrics_of(sums: Mapping[str, float], times: Mapping[str, float], elapsed: f
         "speed/samples_per_second": sums["rows"] / elapsed,
         **{f"time/{name}": seconds for name, seconds in times.items()},
         "time/rest": elapsed - sum(times.values()),
-        "memory/peak_gib": peak_memory() / 2**30,
+        "memory/peak_gib": _peak_memory() / 2**30,
     }
 
 
-def peak_memory() -> int:
+def _peak_memory() -> int:
     """Bytes: the device's peak allocation, or this process's largest resident size on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
