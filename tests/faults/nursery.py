@@ -26,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED = 1
+LOG = "nursery.log"
 
 
 class Nursery:
@@ -34,6 +35,7 @@ class Nursery:
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self.process = process
         self.folder = folder
+        self.log = folder / LOG
         self.num_jobs = 0
 
     def run(
@@ -47,7 +49,7 @@ class Nursery:
         assert self.process.stdout is not None
         print(json.dumps(job), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
-        assert answer, "the nursery is gone"
+        assert answer, f"the nursery is gone: {self.log.read_text(errors='replace')[-6000:]}"
         codes: list[int] = json.loads(answer)
         assert FAILED not in codes, log.read_text(errors="replace")[-6000:]
         return codes
@@ -62,7 +64,7 @@ def nursery(folder: Path, checkpoint: Path) -> Iterator[Nursery]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=(folder / "nursery.log").open("w"),
+        stderr=(folder / LOG).open("w"),
         text=True,
     )
     with process:
@@ -87,11 +89,20 @@ def serve() -> None:
     tqdm.monitor_interval = 0  # or it would start a thread
     model = ModelSection(path=sys.argv[1])
     load_weights(model, load_config(model.path), torch.float32)  # compiles hundreds of expressions, once for all
-    assert threading.active_count() == 1, "a fork would leave the other threads behind, with their locks"
+    _wait_for_threads(seconds=60)
     gc.collect()
     gc.freeze()  # children need not look through what is here, nor copy it
     for line in sys.stdin:
         print(json.dumps(_children(json.loads(line))), file=answers, flush=True)
+
+
+def _wait_for_threads(seconds: float) -> None:
+    """A fork would leave them behind, with their locks. Loading weights leaves a pool whose threads end a little later."""
+    until = time.monotonic() + seconds
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    for thread in others:
+        thread.join(max(0.0, until - time.monotonic()))
+    assert threading.active_count() == 1, threading.enumerate()
 
 
 def _children(job: dict[str, Any]) -> list[int]:
