@@ -97,7 +97,7 @@ def serve() -> None:
 
 
 def _wait_for_threads(seconds: float) -> None:
-    """A fork would leave them behind, with their locks. Loading weights leaves a pool whose threads end a little later."""
+    """A fork would leave them behind, with their locks. The pool that loads weights is not waited for when it ends."""
     until = time.monotonic() + seconds
     others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
     for thread in others:
