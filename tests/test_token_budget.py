@@ -154,16 +154,6 @@ def test_two_processes_give_the_loss_of_one(
     assert_only_rounding(one, other)
 
 
-def test_processes_that_plan_differently_end_at_once(
-    tiny_checkpoint: Callable[[str], Path], long_rows: Path, tmp_path: Path
-) -> None:
-    given = words(tiny_checkpoint("qwen3_vl"), long_rows, tmp_path / "run", tmp_path / "media.arrow", train__steps=2)
-    done = torchrun(given, 2, timeout=120, program=("-m", "tests.distributed.odd_plans"))
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("the processes planned different runs: process 0: 11 rows, 2 steps of ") == 2
-    assert "micro-batches of 310 tokens" in done.stdout
-
-
 def test_a_file_that_changed_is_not_shown(recipe: Callable[..., Recipe], long_rows: Path, tmp_path: Path) -> None:
     """What was planned for it may not hold, so another row stands in, which is no longer than the plan."""
     for file in long_rows.parent.iterdir():
