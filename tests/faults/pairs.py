@@ -19,7 +19,6 @@ from tests.distributed.order_worker import watch
 
 BUDGET, FURTHER = 300, 20
 """Tokens of a micro-batch, and how many more the second process plans with."""
-LATE_SECONDS = 1.0
 
 
 def share(rank: int, notes: str, looks: bool) -> None:
@@ -66,7 +65,7 @@ def plan(rank: int, notes: str, words: list[str], agrees: bool) -> None:
 def end(rank: int, notes: str, words: list[str], without: str | None) -> None:
     """Be told to end, and leave. When the second process is gone, the first one gets SIGTERM, as by torchrun.
 
-    The first one is late: on its way out of the training where the second does not wait for it, and behind that else.
+    The first one is late: on its way out of the training, and once more at the very end.
 
     Args:
         without: `ignoring` SIGTERM, or `waiting` for the other.
@@ -76,7 +75,7 @@ def end(rank: int, notes: str, words: list[str], without: str | None) -> None:
     def told(run: uptrain.Run, report: Any) -> None:
         run._connected()
         if rank == 0:
-            until_there(gone, LATE_SECONDS)
+            until_there(gone, 60 if without == "waiting" else 1)
         raise PreemptedError("told to end")
 
     leave = uptrain.leave_process_group
