@@ -24,6 +24,7 @@ Stamp = tuple[int, int, int]
 Entry = tuple[int, str]
 """Of a file: its size and SHA-256."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_OF_TORCH = ("inline_container", "iostream", "PytorchStreamWriter", "Parent directory")
 _T = TypeVar("_T")
 
 
@@ -100,12 +101,13 @@ def with_failure_named(action: Callable[[], _T], where: Path) -> _T:
 
     Raises:
         StorageError: it could not; with the path and how many bytes are free. Of a full disk torch says only that a
-            position or a stream is not as expected (seen with 2.15), and safetensors wraps the system's words.
+            position or a stream is not as expected (seen with 2.15), and safetensors wraps the system's words. Where
+            another process had no room and removed the folder, torch misses it.
     """
     try:
         return action()
     except (OSError, SafetensorError, RuntimeError) as error:
-        of_torch = any(word in str(error) for word in ("inline_container", "iostream", "PytorchStreamWriter"))
+        of_torch = any(words in str(error) for words in _OF_TORCH)
         if isinstance(error, RuntimeError) and not of_torch:
             raise
         raise StorageError(

@@ -48,8 +48,8 @@ OF_ITS_TASKS = {
     "words fall apart": ('multinode.sh "$@" &', "multinode.sh $* &", 0, " 3: recipe=tiny "),
 }
 WHEN_TIME_IS_UP = {
-    "it ends at once": ("trap 'time_is_up=1", "# 'time_is_up=1", 75, 1.0, "left with -10"),
-    "its tasks are not told": ('kill -USR1 "$step"', "true", 75, 1.0, "left with 9"),
+    "it ends at once": ("trap 'time_is_up=1", "# 'time_is_up=1", 75, 0.3, "left with -10"),
+    "its tasks are not told": ('kill -USR1 "$step"', "true", 75, 0.3, "left with 9"),
     "it does not wait for them": ('while [ "$code" -gt 128 ]', "while false", 75, 45.0, "left with 138"),
     "a node that was killed hides the others": ('{ [ -n "$time_is_up" ]', "{ false", 137, 45.0, "put back: False"),
     "what is done is done again": (' && [ "$code" -ne 0 ]', "", 0, 45.0, "put back: True"),

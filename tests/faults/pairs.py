@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import distributed
 
 from evs_train import processes, uptrain
@@ -16,10 +18,10 @@ from evs_train.commit import Checkpoints, Ranks
 from evs_train.errors import EvsTrainError, PreemptedError
 from launch import uptrain as entry
 from tests.distributed.order_worker import watch
+from tests.runs import recipe_of
 
 BUDGET, FURTHER = 300, 20
 """Tokens of a micro-batch, and how many more the second process plans with."""
-LATE_SECONDS = 1.0
 
 
 def share(rank: int, notes: str, looks: bool) -> None:
@@ -66,7 +68,7 @@ def plan(rank: int, notes: str, words: list[str], agrees: bool) -> None:
 def end(rank: int, notes: str, words: list[str], without: str | None) -> None:
     """Be told to end, and leave. When the second process is gone, the first one gets SIGTERM, as by torchrun.
 
-    The first one is late: on its way out of the training where the second does not wait for it, and behind that else.
+    The first one is late: on its way out of the training, and once more at the very end.
 
     Args:
         without: `ignoring` SIGTERM, or `waiting` for the other.
@@ -76,7 +78,7 @@ def end(rank: int, notes: str, words: list[str], without: str | None) -> None:
     def told(run: uptrain.Run, report: Any) -> None:
         run._connected()
         if rank == 0:
-            until_there(gone, LATE_SECONDS)
+            until_there(gone, 60 if without == "waiting" else 1)
         raise PreemptedError("told to end")
 
     leave = uptrain.leave_process_group
@@ -94,6 +96,33 @@ def end(rank: int, notes: str, words: list[str], without: str | None) -> None:
     else:
         until_there(gone, 60)
         say(notes, rank, str(code))
+
+
+def write(rank: int, notes: str, words: list[str]) -> int:
+    """Train under DeepSpeed. In the second save the second process has no room for its shard, and the first is late."""
+    other = Path(notes) / str(1 - rank)
+    save, write_file = Checkpoints.save, torch.save
+
+    def saving(self: Checkpoints, name: str, step: int, write: Any) -> None:
+        if step == 2 and rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+        elif step == 2:
+            torch.save = late
+        save(self, name, step, write)
+
+    def late(what: Any, path: Any, **options: Any) -> None:
+        if str(path).endswith("model_states.pt"):
+            until_there(other, 60)
+        write_file(what, path, **options)
+
+    Checkpoints.save = saving  # type: ignore[method-assign]
+    try:
+        uptrain.Run(recipe_of(words)).train()
+    except EvsTrainError as error:
+        say(notes, rank, error.message)
+        until_there(other, 60)
+        return error.exit_code
+    return 0
 
 
 def until_there(file: Path, seconds: float) -> None:

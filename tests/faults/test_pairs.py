@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from evs_train.commit import Checkpoints, Found
 from tests.distributed.order_worker import seen_in
 from tests.faults.nursery import Nursery
 from tests.faults.pairs import BUDGET, FURTHER
@@ -68,3 +70,16 @@ def test_processes_that_end_together(without: str | None, words: list[str], said
     """Each leaves with its own code, though torchrun sends SIGTERM as soon as one is gone."""
     with failing("'nothing', '75'", without is not None):
         assert said("end", words=words, without=without) == ["75", "75"]
+
+
+def test_a_process_that_cannot_write_its_shard_says_why(
+    words: list[str], said: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """So does the other one, whose folder it has removed. The checkpoint before stays whole."""
+    found = said("write", words=[*words, "deepspeed=zero2", "train.steps=2", "train.save_every=1"])
+    for one, why in zip(found, ("Parent directory", "inline_container"), strict=True):
+        assert re.search(rf"run/\.staging-checkpoint-2-\w+ could not be written, with \d+ bytes free.*{why}", one), (
+            found
+        )
+    assert Checkpoints(tmp_path / "run").newest_whole() == Found(tmp_path / "run" / "checkpoint-1", {})
+    assert not list((tmp_path / "run").glob(".staging-*"))

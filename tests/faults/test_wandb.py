@@ -123,14 +123,15 @@ def use_worker(
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])  # which its process is given
 
 
-SOON = ("_HARD_SECONDS = 50.0", "_HARD_SECONDS = 3.0")
-"""When that process ends itself: as late as it does so elsewhere the test would take a minute."""
+HARD_END = "_HARD_SECONDS = 50.0"
+"""When that process ends itself: so late that tests make it earlier."""
 
 
 def test_without_time_outs_wandbs_calls_would_last_until_the_hard_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], record: Path
 ) -> None:
     """Its `init` with a server that never answers, its `finish` with one that falls silent."""
+    soon = (HARD_END, "_HARD_SECONDS = 3.0")
     with Server().running() as mute, Server().running() as server:
         mute.silent.set()
         trackers = {}
@@ -138,7 +139,7 @@ def test_without_time_outs_wandbs_calls_would_last_until_the_hard_end(
             use(monkeypatch, url)
             trackers[name] = Tracker(TrackingSection(timeout=1.0), "a-name", tmp_path / name)
             with monkeypatch.context() as patch:
-                use_worker(tmp_path / f"without_{name}", patch, (f'{name}_timeout=begin["timeout"],', ""), SOON)
+                use_worker(tmp_path / f"without_{name}", patch, (f'{name}_timeout=begin["timeout"],', ""), soon)
                 trackers[name]._begin(record, resumed=False)
         wait_for(lambda: bool(mute.seen), 60.0)
         assert select.select([trackers["finish"]._socket], [], [], 60.0)[0]  # it has begun, and says where
@@ -159,8 +160,9 @@ def test_a_hang_within_wandb_does_not_outlive_a_run_that_dies(
     """Nobody is left to kill that process."""
     hangs = "import pathlib, time\npathlib.Path('hangs').touch()\ntime.sleep(1000)\n"
     guard = 'threading.Event().wait(begin["timeout"] + _HARD_SECONDS)'
-    use_worker(tmp_path / "copy", monkeypatch, SOON if guarded else (guard, "threading.Event().wait()"), wandb=hangs)
-    tracker = tracker_of(record)
+    change = (HARD_END, "_HARD_SECONDS = 0.5") if guarded else (guard, "threading.Event().wait()")
+    use_worker(tmp_path / "copy", monkeypatch, change, wandb=hangs)
+    tracker = tracker_of(record, timeout=0.5)
     tracker._begin(record, resumed=False)
     assert tracker._child is not None
     assert tracker._socket is not None
@@ -170,7 +172,7 @@ def test_a_hang_within_wandb_does_not_outlive_a_run_that_dies(
         assert tracker._child.wait(30) == 1
     else:
         with pytest.raises(subprocess.TimeoutExpired):
-            tracker._child.wait(1.0 + 1.0 + 0.5)
+            tracker._child.wait(1.5)
         tracker._child.kill()
         tracker._child.wait()
 
@@ -197,7 +199,7 @@ def _waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     wait = subprocess.Popen.wait
 
     def waiting(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
-        killing = threading.Timer(2.0, self.kill)  # or the test would wait, too
+        killing = threading.Timer(1.0, self.kill)  # or the test would wait, too
         killing.start()
         return wait(self)
 
@@ -220,8 +222,8 @@ def test_without_limits_the_run_would_wait_for_it(
 
 
 def check_a_hang(record: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(tracking, "GRACE_SECONDS", 0.5)
-    tracker = tracker_of(record)
+    monkeypatch.setattr(tracking, "GRACE_SECONDS", 0.25)
+    tracker = tracker_of(record, timeout=0.25)
     with tracker.running(record, resumed=False):
         assert tracker._child is not None
         process = tracker._child
@@ -236,7 +238,7 @@ def check_a_hang(record: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
     assert process.poll() == -signal.SIGKILL
     said = capfd.readouterr().err.splitlines()
     assert "does not keep up" in said[0]
-    assert any("did not end within 1.5 s" in line for line in said), "its end is waited for"
+    assert any("did not end within 0.5 s" in line for line in said), "its end is waited for"
     assert len(said) == 2
 
 
