@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -119,8 +119,14 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
     model = run.planned_model()
     usage = schedule.usage() if isinstance(schedule, BudgetBatches) else None
     batch = recipe.data.max_tokens_per_batch or sum(lengths[-recipe.train.batch_size :])
-    supervised = sorted(row.full.num_supervised for row in planned)
-    trained_on = sum(supervised[-recipe.train.batch_size :]) if usage is None else usage.most_supervised
+    supervised = sum(row.full.num_supervised for row in planned)
+    if usage is None:
+        trained_on = _of_largest(recipe.train.batch_size, (row.full.num_supervised for row in planned))
+        video_tokens = _of_largest(recipe.train.batch_size, (row.full.num_video_tokens for row in planned))
+        image_tokens = _of_largest(recipe.train.batch_size, (row.full.num_image_tokens for row in planned))
+    else:
+        trained_on = usage.most_supervised
+        video_tokens, image_tokens = usage.most_video_tokens, usage.most_image_tokens
     num_passes = 1 + len(recipe.objective.further_passes)  # all their logits are held at once
     if recipe.objective.kind == "sandwich":  # and all else of them, the lowest rate's the longest
         batch *= num_passes
@@ -142,7 +148,7 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
         tokens={f"{rate:g}": _tokens(planned, rate, cap=recipe.evs.cap) for rate in RATES},
         longest=[(row.sample_id, row.full.num_tokens) for row in longest],
         refused=refused,
-        supervised_share=sum(supervised) / max(sum(lengths), 1),
+        supervised_share=supervised / max(sum(lengths), 1),
         labels=_labels(run, known, rows),
         parts=part_sizes(model, run.family),
         memory=estimate_memory(
@@ -151,6 +157,8 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
             recipe,
             None if file is None else json.loads(file.read_text(encoding="utf-8")),
             num_tokens=batch,
+            num_video_tokens=video_tokens,
+            num_image_tokens=image_tokens,
             num_logits=num_passes * trained_on,
             num_processes=run.world_size,
         ),
@@ -162,6 +170,11 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
         backends=probed.backends,
         feature_cache_gib=_feature_gib(run, rows),
     )
+
+
+def _of_largest(num_rows: int, counts: Iterable[int]) -> int:
+    """Sum of the `num_rows` largest."""
+    return sum(sorted(counts)[-num_rows:])
 
 
 def _feature_gib(run: Inputs, rows: Sequence[PlannedRow | Refused]) -> float | None:

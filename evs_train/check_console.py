@@ -36,10 +36,10 @@ def show_report(report: Report, console: Console) -> None:
     batch = "a micro-batch of the longest rows, unpruned" if report.usage is None else "a full micro-batch"
     console.print(
         f"Estimated memory per GPU with {memory.num_processes} process(es), in GiB: weights {memory.weights:.1f}, "
-        f"gradients {memory.gradients:.1f}, optimizer {memory.optimizer:.1f}, and roughly {memory.activations:.1f} for "
-        f"the language model's activations on {batch} ({memory.num_tokens:,} tokens, logits for "
-        f"{memory.num_logits:,}); together {memory.total:.1f}. Not counted: the vision tower's activations, "
-        "communication buffers, fragmentation.",
+        f"gradients {memory.gradients:.1f}, optimizer {memory.optimizer:.1f}, pixels {memory.inputs:.1f}, and roughly "
+        f"{memory.activations:.1f} for activations on {batch} ({memory.num_tokens:,} tokens, {memory.num_patches:,} "
+        f"patches in the vision tower, logits for {memory.num_logits:,}); at most {memory.total:.1f} together. Not "
+        "counted: communication buffers, fragmentation.",
         highlight=False,
     )
     console.print(f"{report.num_steps} steps of {report.step}. Index: {redact(report.index)}", soft_wrap=True)

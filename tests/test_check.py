@@ -155,6 +155,20 @@ def test_logits_are_counted_for_the_most_supervised_tokens(recipe: Callable[...,
     assert planned.memory.num_logits == planned.usage.most_supervised >= first
 
 
+def test_patches_are_counted_for_the_rows_with_the_most(recipe: Callable[..., Recipe]) -> None:
+    """Of the rows, or of the planned micro-batches. Qwen's merger makes a token of four."""
+    run = Run(recipe(train__batch_size=2))
+    rows = [row.full for row in run.plan(num_workers=0) if isinstance(row, PlannedRow)]
+    video = sum(sorted(row.num_video_tokens for row in rows)[-2:])
+    image = sum(sorted(row.num_image_tokens for row in rows)[-2:])
+    assert min(video, image) > 0
+    assert check(run, num_workers=0).memory.num_patches == 4 * (video + image)
+    planned = check(Run(recipe(train__batch_size=1, data__max_tokens_per_batch=500)), num_workers=0)
+    assert planned.usage is not None
+    assert planned.usage.most_image_tokens >= max(row.num_image_tokens for row in rows)
+    assert planned.memory.num_patches == 4 * (planned.usage.most_video_tokens + planned.usage.most_image_tokens)
+
+
 def test_a_folder_that_cannot_be_written(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     run = Run(recipe(data__index=tmp_path / "file" / "media.arrow"))

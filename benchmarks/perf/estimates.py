@@ -3,7 +3,7 @@
 `python -m benchmarks.perf.estimates` prints them: the limit of the speed-up for released models, from operations alone
 (a machine whose memory is never in the way), and the memory that `evs-train check` would estimate for recipes on one
 GPU and on many. These are computed from shapes: no weights, no GPU, a minute. The third has such estimates beside the
-peaks that `make bench` measured, from the file that it left.
+peaks that `make bench` measured and left in its file.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.perf import scale, step
 from benchmarks.perf.harness import Bench
 from benchmarks.perf.limit import Cost, cost_of, tokens_of
 from benchmarks.perf.machine import Machine
-from benchmarks.perf.runs import ScriptedRun, Step, Workload, clip_facts, conversation, estimate
+from benchmarks.perf.runs import ScriptedRun, Step, Workload, clip_facts, conversation, estimate, expected_peak
 from benchmarks.perf.shapes import QWEN_2B, Shape, nemotron, qwen3_vl_8b, write_checkpoint
-from benchmarks.perf.step import RATES
 from evs_train.collate import Collator
 from evs_train.inputs import Inputs
 from evs_train.rates import Rates
@@ -75,7 +75,7 @@ def main() -> int:
 
 def limits() -> Iterator[str]:
     """Lines of Markdown: share of the vision side in a dense step, limit at each rate; layers are recomputed."""
-    yield from _heading("model", "tuning", "frames", "vision, dense", *(f"rate {rate:g}" for rate in RATES[1:]))
+    yield from _heading("model", "tuning", "frames", "vision, dense", *(f"rate {rate:g}" for rate in step.RATES[1:]))
     for work in WORKS:
         for frames in FRAMES:
             dense, *pruned = _costs(work, frames)
@@ -86,17 +86,18 @@ def limits() -> Iterator[str]:
 def _costs(work: Workload, frames: int) -> list[Cost]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench("gpu", torch.device("cpu"), Path(folder))
-        run = ScriptedRun(work, [Step((frames,), rate) for rate in RATES], bench)
+        run = ScriptedRun(work, [Step((frames,), rate) for rate in step.RATES], bench)
         example = run.reader.blank(run.samples[0], run.facts)
         model = run.planned_model()
-        tokens = [tokens_of([run.collator.plan([example], step)], run.family) for step in range(len(RATES))]
+        plans = [run.collator.plan([example], number) for number in range(len(step.RATES))]
+        tokens = [tokens_of([plan], run.family) for plan in plans]
         return [cost_of(model, run.family, one, BY_OPERATIONS, checkpointing=work.checkpointing) for one in tokens]
 
 
 def memories() -> Iterator[str]:
     """Lines of Markdown: GiB on each GPU for one row, dense and pruned."""
-    parts = ("weights", "gradients", "optimizer", "activations", "in all")
-    yield from _heading("setting", "model", "recipe", "frames", "rate", "tokens", *parts)
+    parts = ("weights", "gradients", "optimizer", "pixels", "activations", "in all")
+    yield from _heading("setting", "model", "recipe", "frames", "rate", "patches", "tokens", *parts)
     for setting in SETTINGS:
         with tempfile.TemporaryDirectory() as folder:
             yield from _memories_of(setting, Path(folder))
@@ -114,27 +115,37 @@ def _memories_of(setting: Setting, folder: Path) -> Iterator[str]:
         collator = Collator(Rates(Fixed(rate)), inputs.family.pad_token_id, inputs.family.merge_media)
         tokens = tokens_of([collator.plan([example], step=0)], inputs.family)
         one = estimate(inputs, model, tokens, setting.num_gpus)
-        figures = (one.weights, one.gradients, one.optimizer, one.activations, one.total)
+        figures = (one.weights, one.gradients, one.optimizer, one.inputs, one.activations, one.total)
         shown = " ".join(f"`{word}`" for word in (setting.recipe, *setting.overrides))
-        count = tokens.of_part["language_model"]
         yield _line(
-            setting.name, setting.shape.name, shown, setting.frames, f"{rate:g}", f"{count:,}",
-            *(f"{figure:.1f}" for figure in figures),
+            setting.name, setting.shape.name, shown, setting.frames, f"{rate:g}", f"{one.num_patches:,}",
+            f"{one.num_tokens:,}", *(f"{figure:.1f}" for figure in figures),
         )  # fmt: skip
 
 
 def measured(path: Path) -> Iterator[str]:
-    """Lines of Markdown: GiB as estimated and as measured, of the longest clips of each model in `step` and `scale`."""
+    """Lines of Markdown: GiB as estimated now and as measured, of the longest clips of models in `step` and `scale`."""
     yield from _heading("model", "tuning", "frames", "rate", "estimated, GiB", "measured, GiB", "estimated / measured")
-    groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
-    for name in ("step", "scale"):
-        rows = [row for row in groups[name]["rows"] if "estimate_gib" in row]
-        longest = {row["model"]: row["frames"] for row in sorted(rows, key=lambda row: row["frames"])}
-        for row in rows:
-            if row["frames"] == longest[row["model"]]:
-                said, found = row["estimate_gib"], row["peak_gib"]
-                figures = (f"{row['rate']:g}", f"{said:.2f}", f"{found:.2f}", f"{said / found:.0%}")
-                yield _line(row["model"], row["tuning"], row["frames"], *figures)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    works = (*step.PLANS[results["size"]].works, scale.PLANS[results["size"]].work)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(results["size"], torch.device("cuda" if results["size"] == "gpu" else "cpu"), Path(folder))
+        for name in ("step", "scale"):
+            rows = [row for row in results["groups"][name]["rows"] if "peak_gib" in row]
+            longest = {row["model"]: row["frames"] for row in sorted(rows, key=lambda row: row["frames"])}
+            for row in rows:
+                if row["frames"] == longest[row["model"]]:
+                    work = next(one for one in works if (one.shape.name, one.tuning) == (row["model"], row["tuning"]))
+                    said, found = _estimated(work, Step((row["frames"],), row["rate"]), bench), row["peak_gib"]
+                    figures = (f"{row['rate']:g}", f"{said:.2f}", f"{found:.2f}", f"{said / found:.0%}")
+                    yield _line(row["model"], row["tuning"], row["frames"], *figures)
+
+
+def _estimated(work: Workload, one: Step, bench: Bench) -> float:
+    """GiB that a step would be measured to take at most."""
+    run = ScriptedRun(work, [one], bench)
+    plan = run.collator.plan([run.reader.blank(run.samples[0], run.facts)], step=0)
+    return expected_peak(estimate(run, run.planned_model(), tokens_of([plan], run.family)), bench.device)
 
 
 def _heading(*names: str) -> Iterator[str]:

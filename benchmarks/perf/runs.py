@@ -202,9 +202,16 @@ def estimate(inputs: Inputs, model: nn.Module, tokens: Tokens, num_gpus: int = 1
         inputs.recipe,
         deepspeed,
         num_tokens=tokens.of_part["language_model"],
+        num_video_tokens=tokens.of_part["projector"],
+        num_image_tokens=0,
         num_logits=tokens.supervised,
         num_processes=num_gpus,
     )
+
+
+def expected_peak(said: MemoryEstimate, device: torch.device) -> float:
+    """GiB of an estimate that `StepClock` would find. On a CPU the pixels are there before a step, and not counted."""
+    return said.total - (said.inputs if device.type == "cpu" else 0.0)
 
 
 def silence(trainer: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.perf.harness import Bench, Column, Group, Row, Size, Spread, bytes_of
 from benchmarks.perf.limit import tokens_of
-from benchmarks.perf.runs import Measured, ScriptedRun, Step, StepClock, Workload, estimate, held_by
+from benchmarks.perf.runs import Measured, ScriptedRun, Step, StepClock, Workload, estimate, expected_peak, held_by
 from benchmarks.perf.shapes import CPU_NARROW, QWEN_2B, TOY
 
 RATES = (0.0, 0.75)
@@ -108,7 +108,8 @@ def _measure(
     held = bytes_of(held_by(trainer.model, trainer.optimizer))
     plans = dict(zip(script, run_.plan_batches(len(script)), strict=True))
     estimates = {
-        step: estimate(run_, trainer.model, tokens_of([of_step], run_.family)).total for step, of_step in plans.items()
+        step: expected_peak(estimate(run_, trainer.model, tokens_of([of_step], run_.family)), bench.device)
+        for step, of_step in plans.items()
     }
     del trainer
     gc.collect()

@@ -20,7 +20,7 @@ import torch
 from benchmarks.perf.harness import Bench, Column, Group, Row, Size, Spread, ratio, turns
 from benchmarks.perf.limit import Cost, Tokens, cost_of, tokens_of
 from benchmarks.perf.machine import Machine, measure_machine
-from benchmarks.perf.runs import Measured, Plan, ScriptedRun, Step, StepClock, Workload, estimate
+from benchmarks.perf.runs import Measured, Plan, ScriptedRun, Step, StepClock, Workload, estimate, expected_peak
 from benchmarks.perf.shapes import CPU, QWEN_2B, TOY, TOY_NEMOTRON, nemotron, qwen3_vl_8b
 
 RATES = (0.0, 0.5, 0.75, 0.9)
@@ -114,7 +114,7 @@ def measure(work: Workload, steps: Sequence[Step], rounds: int, machine: Machine
         seconds = [one.seconds for one in measured[place][1 : 1 + rounds] if one.seconds is not None]
         peak = max(one.peak for one in measured[place] if one.peak is not None)
         flops = cost_of(trainer.model, run_.family, tokens, machine).flops
-        said = estimate(run_, trainer.model, tokens).total
+        said = expected_peak(estimate(run_, trainer.model, tokens), bench.device)
         found.append(Found(seconds, peak, said, tokens, flops, cost, machine))
     del trainer
     gc.collect()

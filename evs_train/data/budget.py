@@ -71,6 +71,7 @@ class Usage:
         shortened: draws that are shown with fewer frames.
         replaced: draws that show another row, because theirs is refused or too long.
         most_supervised: the most tokens of a micro-batch that are trained on.
+        most_video_tokens, most_image_tokens: the most that a micro-batch has, before pruning.
     """
 
     fill: float
@@ -79,6 +80,8 @@ class Usage:
     shortened: int
     replaced: int
     most_supervised: int
+    most_video_tokens: int
+    most_image_tokens: int
 
 
 class BudgetBatches:
@@ -113,7 +116,7 @@ class BudgetBatches:
         self.per_step, self.at_once, self.max_attempts = per_step, at_once, max_attempts
         self._draws, self._attempts, self._lengths = array("q"), array("i"), array("q")
         self._starts = array("q", [0])  # of each micro-batch in these
-        self._num_shortened = self._most_supervised = 0
+        self._num_shortened = self._most_supervised = self._most_video_tokens = self._most_image_tokens = 0
         self._rate = lru_cache(maxsize=1 << 16)(rates.of_video)
         self.num_steps = self._plan(num_steps, num_draws)
         self._rate.cache_clear()
@@ -163,6 +166,8 @@ class BudgetBatches:
             shortened=self._num_shortened,
             replaced=sum(attempt > 0 for attempt in self._attempts),
             most_supervised=self._most_supervised,
+            most_video_tokens=self._most_video_tokens,
+            most_image_tokens=self._most_image_tokens,
         )
 
     def _plan(self, num_steps: int | None, num_draws: int) -> int:
@@ -226,7 +231,10 @@ class BudgetBatches:
             self._num_shortened += one.level > 0
             self._lengths.append(one.num_tokens)
         self._starts.append(len(self._draws))
-        self._most_supervised = max(self._most_supervised, sum(one.length.num_supervised for one in batch))
+        lengths = [one.length for one in batch]
+        self._most_supervised = max(self._most_supervised, sum(one.num_supervised for one in lengths))
+        self._most_video_tokens = max(self._most_video_tokens, sum(one.num_video_tokens for one in lengths))
+        self._most_image_tokens = max(self._most_image_tokens, sum(one.num_image_tokens for one in lengths))
 
     def _size(self, lengths: Sequence[int]) -> int:
         """Tokens of the tensors that rows of these lengths make."""

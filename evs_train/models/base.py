@@ -184,6 +184,10 @@ class Family(ABC):
         """The modules that `projector_entries` names. Default: each is one module."""
         return [model.get_submodule(name) for name in self.projector_entries]
 
+    @abstractmethod
+    def patches_per_token(self, kind: Kind) -> float:
+        """How many patches the vision tower's layers see for each token of a video or image."""
+
     def tower_values(self, kind: Kind) -> float:
         """How many numbers `tower` gives for each token of a video or image. Raises NotImplementedError: see above."""
         raise NotImplementedError(self.model_type)

@@ -78,8 +78,11 @@ class InternVL(OneDimensional):
         ).pooler_output  # (tiles, N, D)
         return [[of_one.flatten(0, 1)] for of_one in embeds.split([len(one) for one in pixels])]
 
+    def patches_per_token(self, kind: Kind) -> float:
+        return float(1 / self.config.downsample_ratio**2)
+
     def tower_values(self, kind: Kind) -> float:
-        return float(self.config.vision_config.hidden_size / self.config.downsample_ratio**2)
+        return float(self.config.vision_config.hidden_size * self.patches_per_token(kind))
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(INPUTS[kind] in media)

@@ -123,11 +123,14 @@ class LlavaOnevision(OneDimensional):
         pooled = inner.apply_pooling(embeds).flatten(0, 1)
         return _of_videos(torch.cat([pooled, inner.image_newline[None]]), counts)
 
-    def tower_values(self, kind: Kind) -> float:
-        # Videos are pooled behind the projector; of images in tiles a little more is kept than their padding leaves.
+    def patches_per_token(self, kind: Kind) -> float:
+        # Videos are pooled behind the projector; images in tiles have a little more, in the padding.
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
-        return float(vision.hidden_size * ((side / math.ceil(side / 2)) ** 2 if kind == "video" else 1))
+        return float((side / math.ceil(side / 2)) ** 2 if kind == "video" else 1)
+
+    def tower_values(self, kind: Kind) -> float:
+        return float(self.config.vision_config.hidden_size * self.patches_per_token(kind))
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(("pixel_values_videos" if kind == "video" else "pixel_values") in media)

@@ -123,8 +123,11 @@ class NemotronHOmni(Family):
             features += super().project(model, media, kind, group)
         return features
 
+    def patches_per_token(self, kind: Kind) -> float:
+        return float(int(1 / self.config.downsample_ratio) ** 2)
+
     def tower_values(self, kind: Kind) -> float:
-        return float(self.config.vision_hidden_size * int(1 / self.config.downsample_ratio) ** 2)
+        return float(self.config.vision_hidden_size * self.patches_per_token(kind))
 
     def num_projections(self, kind: Kind, count: int) -> int:
         return count if kind == "video" else super().num_projections(kind, count)

@@ -96,6 +96,9 @@ class NemotronNanoVLV2(Family):
         embeds = model.extract_feature(torch.cat(pixels).to(model.dtype))  # (tiles, N, D)
         return [[of_one.flatten(0, 1)] for of_one in embeds.split([len(one) for one in pixels])]
 
+    def patches_per_token(self, kind: Kind) -> float:
+        return float(1 / self.config.downsample_ratio**2)
+
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(INPUTS[kind] in media)
 

@@ -120,9 +120,11 @@ class QwenVL(Family):
         pixels, grid = ENCODER_INPUTS[kind]
         return split_patches(media, pixels, grid)
 
+    def patches_per_token(self, kind: Kind) -> float:
+        return float(self.config.vision_config.spatial_merge_size**2)
+
     def tower_values(self, kind: Kind) -> float:
-        vision = self.config.vision_config
-        return float(vision.hidden_size * vision.spatial_merge_size**2)
+        return float(self.config.vision_config.hidden_size * self.patches_per_token(kind))
 
     def num_encoder_calls(self, media: Media, kind: Kind) -> int:
         return int(ENCODER_INPUTS[kind][1] in media)

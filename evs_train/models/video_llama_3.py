@@ -77,6 +77,10 @@ class VideoLlama3(OneDimensional):
     def split_media(self, media: Media, kind: Kind) -> list[Media]:
         return split_patches(media, *INPUTS[kind])
 
+    def patches_per_token(self, kind: Kind) -> float:
+        part = self.processor.video_processor if kind == "video" else self.processor.image_processor
+        return float(part.merge_size**2)
+
     def tower_values(self, kind: Kind) -> float:
         return float(self.config.vision_config.hidden_size)
 

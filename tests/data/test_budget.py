@@ -72,11 +72,15 @@ def tokens_of(plan: BudgetBatches, draw: int, attempt: int, step: int) -> list[i
 @pytest.mark.parametrize("packing", [False, True])
 def test_no_micro_batch_is_above_the_budget(packing: bool, per_sample: bool) -> None:
     plan = planned(packing=packing, per_sample=per_sample)
-    sizes = []
+    sizes, media = [], []
     for number in numbers(plan):
         batch = plan.batch(number)
         assert batch.step == number // 4
         lengths = []
+        shown = [
+            plan.way(slot, batch.step, slot.attempt, plan.order.row(slot.draw, slot.attempt)) for slot in batch.slots
+        ]
+        media.append(sum(way[1].num_video_tokens for way in shown if not isinstance(way, Fault) and way[1] is not None))
         for slot in batch.slots:
             levels = tokens_of(plan, slot.draw, slot.attempt, batch.step)
             assert slot.num_tokens == next(tokens for tokens in levels if tokens <= TOKENS)
@@ -84,7 +88,9 @@ def test_no_micro_batch_is_above_the_budget(packing: bool, per_sample: bool) -> 
         sizes.append(sum(lengths) if packing else len(lengths) * max(lengths))
     assert max(sizes) <= TOKENS
     assert np.mean(sizes) > 0.85 * TOKENS
-    assert plan.usage().most_supervised == max(10 * len(plan.batch(number).slots) for number in numbers(plan))
+    usage = plan.usage()
+    assert usage.most_supervised == max(10 * len(plan.batch(number).slots) for number in numbers(plan))
+    assert (usage.most_video_tokens, usage.most_image_tokens) == (max(media), 0)
 
 
 @pytest.mark.parametrize("packing", [False, True])
