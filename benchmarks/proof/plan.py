@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.proof.runs import Selection
-
 UNIFORM = "{kind: uniform, min: 0.0, max: 0.9}"
 MIXTURE = "{kind: mixture, dense: 0.2, of: {kind: uniform, min: 0.3, max: 0.92}}"
 HIGH = "{kind: mixture, dense: 0.2, of: {kind: uniform, min: 0.6, max: 0.92}}"
@@ -24,11 +22,11 @@ class Arm:
 
     Attributes:
         overrides: of arm.yaml; None: the base is evaluated as it is.
-        selection: which tokens are kept, in training and evaluation.
+        method: which pruner, in training and evaluation.
     """
 
     overrides: tuple[str, ...] | None
-    selection: Selection = "evs"
+    method: str = "evs"
 
 
 ARMS: dict[str, Arm] = {

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from evs_train import evs
 from evs_train.data.chat import Example, build_prompt
 from evs_train.data.decoding import Decoding
 from evs_train.data.sampling import FrameSampling
@@ -28,6 +27,8 @@ from evs_train.evaluate.records import Record
 from evs_train.evaluate.score import continuations, is_right, log_likelihoods, said_freely
 from evs_train.generation import Encoded, PrunedModel
 from evs_train.models.base import Family
+from evs_train.pruners.base import Pruner
+from evs_train.pruners.evs import EVS
 
 ROUNDS = 3
 """Measured prefills at each rate, of which the median counts; one more goes before them."""
@@ -132,7 +133,7 @@ class LocalModel:
                     encode_seconds=encode_seconds,
                     peak_bytes=costs[rate].peak_bytes if costs else None,
                     **verdicts,
-                    **token_counts(prompt, rate),
+                    **token_counts(prompt, rate, self.model.pruner),
                 )
             )
         return records
@@ -153,10 +154,10 @@ def free_verdicts(said: str, question: Question, options: EvalOptions) -> dict[s
     return {**verdicts, "correct": verdicts[options.match]}
 
 
-def token_counts(prompt: Example, rate: float) -> dict[str, Any]:
-    """Tokens of a prompt at a rate, as the engines count them, and whether only the first unit is left of a video."""
+def token_counts(prompt: Example, rate: float, pruner: Pruner = EVS) -> dict[str, Any]:
+    """Tokens of a prompt at a rate, and whether only the first unit is left of a video."""
     videos = [item for item in prompt.items if item.kind == "video"]
-    kept = [evs.retained_tokens(item.num_units, item.tokens_per_unit, rate) for item in videos]
+    kept = [pruner.num_retained(item.num_units, item.tokens_per_unit, rate) for item in videos]
     before = sum(item.num_tokens for item in videos)
     return {
         "video_tokens": before,

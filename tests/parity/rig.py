@@ -24,6 +24,7 @@ from evs_train.models.base import Encoding
 from evs_train.models.loading import load_family, load_weights
 from evs_train.objectives import cross_entropies
 from evs_train.prune import KINDS, EvsHook, compact
+from evs_train.pruners.base import Choice
 from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
 from evs_train.tally import Tally
@@ -90,7 +91,7 @@ class Rig:
 
     def attention_arguments(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the hook tells attention about this batch, pruned to the first tokens of each video."""
-        chosen = [torch.arange(planned.num_retained) for planned in batch["plan"].videos]
+        chosen = [Choice(torch.arange(planned.num_retained)) for planned in batch["plan"].videos]
         documents = compact(batch, chosen, self.family.pad_token_id)["documents"]
         hook = EvsHook(self.family, self.model)
         return hook._attention(batch["plan"], batch["index"]["boundaries"], documents)
