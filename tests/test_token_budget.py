@@ -20,7 +20,7 @@ from evs_train.inputs import Inputs
 from evs_train.models import FAMILIES
 from evs_train.uptrain import Run
 from tests.data.test_video import write_video
-from tests.runs import STILL, Ranks, arguments, assert_only_rounding, metrics, recipe_of, torchrun
+from tests.runs import STILL, Ranks, arguments, assert_only_rounding, metrics, recipe_of
 
 UNIFORM = {"kind": "uniform", "min": 0.0, "max": 0.9}
 
