@@ -27,8 +27,7 @@ class EvsThreshold(Pruner):
     hides: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.similarity, int | float) and not isinstance(self.similarity, bool)
-        if not is_number or not 0 < self.similarity < 1:
+        if not isinstance(self.similarity, float) or not 0 < self.similarity < 1:
             raise ValueError(f"similarity must be a number with 0 < similarity < 1, got {self.similarity!r}")
 
     def choose(self, video: Video, pruning_rate: float) -> Choice:

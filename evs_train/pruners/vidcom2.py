@@ -84,7 +84,7 @@ def budgets(to_video: Tensor, retention: float) -> Tensor:
     per_frame = to_video.shape[1]
     scores = -to_video.mean(dim=1)
     shares = torch.softmax((scores - scores.max()) / TEMPERATURE, dim=0)
-    kept = (retention * (1 + shares - shares.mean())).clamp(max=1)
+    kept = retention * (1 + shares - shares.mean())
     return (kept * per_frame).round().clamp(1, per_frame).long()  # round: halves to the even number
 
 

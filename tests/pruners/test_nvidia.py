@@ -58,8 +58,11 @@ def test_pairwise_between_pixels_looks_at_nothing_else() -> None:
 
 def test_scores_are_those_of_float32() -> None:
     embeds = drifting(8, 16, torch.bfloat16)
-    pruner = build_pruner("nvidia")
-    assert torch.equal(pruner.choose(Video(embeds), 0.7).index, pruner.choose(Video(embeds.float()), 0.7).index)
+    for metric in ("l1", "cos"):
+        pruner = build_pruner({"kind": "nvidia", "metric": metric})
+        for rate in RATES:
+            exact = pruner.choose(Video(embeds.float()), rate).index
+            assert torch.equal(pruner.choose(Video(embeds), rate).index, exact)
 
 
 def test_where_the_published_code_keeps_nothing() -> None:
