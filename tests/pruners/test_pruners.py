@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -160,3 +166,18 @@ def test_what_is_no_method_is_refused(spec: Method, said: str) -> None:
 
 def test_names_are_known_without_torch() -> None:
     assert method_name({"kind": "random", "anything": 1}) == "random"  # options are the pruner's to judge
+
+
+def test_the_page_on_adding_one_has_one_that_works() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "adding-a-pruner.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {"__name__": "every_third"}
+    sys.modules["every_third"] = ModuleType("every_third")  # dataclasses look their module up
+    exec(compile(code, "adding-a-pruner.md", "exec"), names)
+    embeds = drifting(8, 16)
+    for rate in RATES:
+        index = names["PRUNER"](start=2).choose(Video(embeds), rate).index
+        assert index.tolist() == sorted(set(index.tolist()))
+        assert len(index) == names["PRUNER"]().num_retained(8, 16, rate)
+    with pytest.raises(ValueError, match="start must be"):
+        names["PRUNER"](start=-1)
