@@ -1,4 +1,4 @@
-"""What only a GPU can show of pruners: mixed precision, which computes sums and norms in float32 there, changes nothing.
+"""What only a GPU can show of pruners: mixed precision, which takes sums and norms in float32 there, changes nothing.
 
 The same test runs on a CPU, where autocast leaves these operations alone, so that it is not found broken later.
 """
