@@ -143,7 +143,14 @@ class PrunedModel:
         sample = read_prompt(messages, media_root)
         clips = [read_video(path, self.sampling, decoding=self.decoding) for path in sample.videos]
         images = [read_image(path, decoding=self.decoding) for path in sample.images]
-        return build_prompt(sample, clips, images, self.family, template_kwargs=self.template_kwargs)
+        return build_prompt(
+            sample,
+            clips,
+            images,
+            self.family,
+            template_kwargs=self.template_kwargs,
+            measure_changes=self.pruner.needs_changes,
+        )
 
     def inputs(self, prompt: Example, pruning_rate: float) -> dict[str, Any]:
         """Arguments of the model's forward for one prompt, its videos encoded and pruned; all rows of shape (1, K)."""

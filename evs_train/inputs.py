@@ -76,6 +76,11 @@ class Inputs:
         self.rates = Rates(self.sampler, recipe.seed, recipe.evs.scope == "sample", recipe.evs.cap)
         self.pruner = build_pruner(recipe.evs.method)
         check_pruner(self.pruner, self.family, recipe.model.attn_implementation)
+        if self.pruner.needs_changes and recipe.data.cache_features is not None:
+            raise RecipeError(
+                "data.cache_features: evs.method looks at pixels, and what is kept of a video has none",
+                "leave the key out, or take a pruner that compares features",
+            )
         self.world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
         self.order = DrawOrder(len(self.samples), recipe.seed, self.data.shares)
         self.reader = RowReader(
@@ -87,6 +92,7 @@ class Inputs:
             last_only=recipe.data.supervise == "last",
             verify=recipe.data.verify,
             decoding=decoding_options(recipe.data),
+            measure_changes=self.pruner.needs_changes,
         )
         self.collator = Collator(
             rates=self.rates,
