@@ -23,6 +23,7 @@ PRUNERS: dict[str, str] = {
     "evs": "evs",
     "random": "random_tokens",
     "frames": "whole_units",
+    "prunevid": "prunevid",
 }
 
 
