@@ -12,14 +12,14 @@ Published is a ratio of clusters (.5) whatever the video; here exactly as many t
   group that gets as many as it has stays as it is. Fewer tokens than groups leave the smallest groups out: these drop.
 - Static places are merged over time in the order of their cosine, as many as the rate has tokens to remove. The higher
   the rate the more of them; from some rate on all, and at rate 0 none.
-- Segments are runs of units: each unit belongs to the nearer, by its mean, of the centre before and the one behind. The
-  published ones are repaired afterwards, by rules whose shapes depend on the video.
+- Segments are runs of units. Where a cluster is scattered its longest run stays, and what is left open joins the longer
+  of the runs beside it. As published, but for lengths: there, what an earlier gap has joined counts as well.
 - Of equal tokens the earlier wins, where published noise decides. Groups of any size are clustered, published: over 14.
 
 A merged token stands at the place of its cluster's centre, one of static tokens in the segment's first unit.
 
 Invariant: as of every pruner; distances in float32 whatever the dtype. Cost: T*N*N distances of D channels and as many
-comparisons, for as many units at a time as fit into `AT_ONCE` numbers; the segments' means take T*N*D/4 float32.
+comparisons, for as many units at a time as fit into `AT_ONCE` numbers; the segments' means take T*N*D/2 float32.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Groups:
         segment: (T,) int64, ascending from 0: segment of each unit.
         first: (T,) int64: first unit of each unit's segment.
         joined: (T, N) bool: tokens that are merged over their segment, into one that stands in its first unit.
-        means: (C, N, D) float32: means over the segments.
+        means: (C, N, D) float32: means over the segments, C = T // 2 being the most there can be.
         sizes: (T, 2) int64: the groups that are clustered: merged tokens that stand in a unit, and its other tokens.
     """
 
@@ -83,38 +83,28 @@ class PruneVid(Pruner):
         if count == num_tokens:
             return Choice(torch.arange(num_tokens, device=video.embeds.device))
         with torch.autocast(video.embeds.device.type, enabled=False):
-            segment, num_segments = self.segments(video.embeds), self.num_segments(video.num_units)
-            groups = self.grouped(video.embeds, segment, num_segments, num_tokens - count)
+            groups = self.grouped(video.embeds, self.segments(video.embeds), num_tokens - count)
             centre, nearest = self._clusters(video.embeds, groups, shared_out(groups.sizes, count))
         number = centre.flatten().cumsum(0) - 1  # (T * N,) of each centre among all
         kept = torch.where(nearest < 0, count, number[nearest.clamp(min=0)])  # (T, N)
         kept = torch.where(groups.joined, kept[groups.first], kept)
         return Choice(highest(centre.flatten().int(), count), kept.flatten())
 
-    def num_segments(self, num_units: int) -> int:
-        return max(1, int(num_units * self.segment_ratio))
-
     def segments(self, embeds: Tensor) -> Tensor:
         """(T,) int64, ascending from 0: segment of each unit of a video (T, N, D)."""
-        count = self.num_segments(len(embeds))
-        squared, centre = self.unit_centres(embeds)
-        places = highest(centre.int(), count)
-        before = centre.cumsum(0) - 1  # (T,) the last centre up to each unit, -1 where there is none yet
-        behind = (before + 1).clamp(max=count - 1)
-        before = before.clamp(min=0)
-        to_before, to_behind = (squared.gather(1, places[of][:, None])[:, 0] for of in (before, behind))
-        return torch.where(to_behind < to_before, behind, before).cummax(0).values
+        return contiguous(self.scattered(embeds))
 
-    def unit_centres(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, T) squared distances between the means of units; (T,) bool, the units that are centres of segments."""
-        squared = squared_distances(embeds.mean(1, dtype=torch.float32)[None])
+    def scattered(self, embeds: Tensor) -> Tensor:
+        """(T,) int64: the unit that is the centre of each unit's cluster."""
+        count = max(1, int(len(embeds) * self.segment_ratio))
+        squared = squared_distances(embeds.mean(1, dtype=torch.float32)[None])  # (1, T, T)
         together = torch.ones_like(squared, dtype=torch.bool)
-        shares = torch.full((1, len(embeds)), self.num_segments(len(embeds)), device=embeds.device)
-        return squared[0], centres(squared, together, shares, self.neighbours)[0]
+        shares = torch.full((1, len(embeds)), count, device=embeds.device)
+        return nearest_centre(squared, together, centres(squared, together, shares, self.neighbours))[0]
 
-    def grouped(self, embeds: Tensor, segment: Tensor, num_segments: int, removable: int) -> Groups:
+    def grouped(self, embeds: Tensor, segment: Tensor, removable: int) -> Groups:
         """Merge a video (T, N, D) over time, which removes at most so many tokens."""
-        means, similarity, length = _of_segments(embeds, segment, num_segments)
+        means, similarity, length = _of_segments(embeds, segment, max(1, len(embeds) // 2))
         static = similarity > self.tau
         order = similarity.masked_fill(~static, -math.inf).flatten().argsort(descending=True, stable=True)
         saved = torch.where(static, length - 1, 0).flatten()[order].cumsum(0)
@@ -157,24 +147,47 @@ class PruneVid(Pruner):
         Returns:
             Numbers of tokens after merging over time, after clustering, and after part two.
         """
-        groups = self.grouped(embeds, segment, int(segment[-1]) + 1, embeds[..., 0].numel())
+        groups = self.grouped(embeds, segment, embeds[..., 0].numel())
         sizes = groups.sizes.flatten().tolist()
         clusters = [int(size * cluster_ratio) if size > SMALL_GROUP else size for size in sizes]
         return sum(sizes), sum(clusters), sum(int(count * share) for count in clusters)
+
+
+def contiguous(labels: Tensor) -> Tensor:
+    """(T,) int64, ascending from 0: segments of units with these labels (T,), each of two units at least.
+
+    Of each label the longest run stays, or the longest ones, unless they are single units. A unit that is left open
+    joins the longer of the two runs nearest to it, the left one where both are as long. If none stays, all units are
+    one segment.
+    """
+    num_units, place = len(labels), torch.arange(len(labels), device=labels.device)
+    run = _numbered(labels)
+    length = (run[:, None] == run).sum(1)
+    stays = (length > 1) & (length == (length * (labels[:, None] == labels)).amax(1))
+    left = place.where(stays, -1).cummax(0).values
+    right = place.where(stays, num_units).flip(0).cummin(0).values.flip(0)
+    of_left = length[left.clamp(min=0)].where(left >= 0, 0)
+    of_right = length[right.clamp(max=num_units - 1)].where(right < num_units, 0)
+    return _numbered(labels[torch.where(of_left >= of_right, left, right).clamp(min=0)])
+
+
+def _numbered(labels: Tensor) -> Tensor:
+    """(T,) int64: number of the run of equal labels that each belongs to."""
+    return F.pad(labels[1:] != labels[:-1], (1, 0)).cumsum(0)
 
 
 def _of_segments(embeds: Tensor, segment: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Means of each place over each segment, their cosine, and the segments' lengths.
 
     Returns:
-        (C, N, D) float32; (C, N) mean cosine over all pairs of units, 0 where there is only one; (C, 1) int64.
+        (C, N, D) float32; (C, N) mean cosine over all pairs of units; (C, 1) int64. Zeros where there is no segment.
     """
     member = (segment == torch.arange(count, device=segment.device)[:, None]).float()  # (C, T)
     length = member.sum(1, keepdim=True)  # (C, 1)
     means, similarity = [], []
     for some in embeds.split(max(1, AT_ONCE // embeds[:, 0].numel()), dim=1):
         rows = some.float()  # (T, n, D)
-        means.append((member / length @ rows.flatten(1)).unflatten(1, rows.shape[1:]))
+        means.append((member / length.clamp(min=1) @ rows.flatten(1)).unflatten(1, rows.shape[1:]))
         sums = (member @ F.normalize(rows, dim=-1).flatten(1)).unflatten(1, rows.shape[1:])
         similarity.append((sums.square().sum(-1) - length) / (length * (length - 1)).clamp(min=1))
     return torch.cat(means, 1), torch.cat(similarity, 1), length.long()

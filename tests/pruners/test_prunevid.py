@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, groupby
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from evs_train.errors import RecipeError
 from evs_train.pruners import build_pruner
 from evs_train.pruners.base import Choice, Video
-from evs_train.pruners.prunevid import PruneVid, shared_out, squared_distances
+from evs_train.pruners.prunevid import PruneVid, contiguous, shared_out, squared_distances
 
 Point = list[float]
 Slot = tuple[int, int]
@@ -42,6 +42,19 @@ def slow_centres(points: list[Point], count: int, neighbours: int) -> list[int]:
     return sorted(sorted(range(len(points)), key=lambda i: (-scores[i], i))[:count])
 
 
+def slow_segments(labels: list[int]) -> list[int]:
+    """Scattered labels to segments."""
+    runs = [list(run) for _, run in groupby(range(len(labels)), key=lambda unit: labels[unit])]
+    longest = {label: max(len(run) for run in runs if labels[run[0]] == label) for label in labels}
+    staying = [run for run in runs if len(run) == longest[labels[run[0]]] > 1]
+    patched = []
+    for unit in range(len(labels)):
+        left = max((run for run in staying if run[0] <= unit), default=[])
+        right = min((run for run in staying if run[-1] >= unit), default=[])
+        patched.append(labels[(left if len(left) >= len(right) else right)[0]] if staying else 0)
+    return [number for number, (_, run) in enumerate(groupby(patched)) for _ in run]
+
+
 def slow_shares(sizes: dict[str, int], count: int) -> dict[str, int]:
     """Seats by largest remainder, one at a time."""
     if count <= len(sizes):
@@ -62,13 +75,9 @@ def slow(embeds: Tensor, count: int, pruner: PruneVid) -> tuple[list[int], list[
     # Segments.
     means = [mean(unit) for unit in rows]
     found = slow_centres(means, max(1, int(num_units * pruner.segment_ratio)), pruner.neighbours)
-    labels: list[int] = []
-    for unit in range(num_units):
-        earlier = [i for i, centre in enumerate(found) if centre <= unit] or [0]
-        later = [i for i, centre in enumerate(found) if centre > unit] or [len(found) - 1]
-        ahead = distance(means[unit], means[found[later[0]]]) < distance(means[unit], means[found[earlier[-1]]])
-        labels.append(max([*labels, later[0] if ahead else earlier[-1]]))
-    segments = [[unit for unit in range(num_units) if labels[unit] == label] for label in range(len(found))]
+    nearest = [min(found, key=lambda c, u=u: (c != u, distance(means[u], means[c]))) for u in range(num_units)]  # type: ignore[misc]
+    labels = slow_segments(nearest)
+    segments = [[unit for unit in range(num_units) if labels[unit] == label] for label in range(max(labels) + 1)]
     # Static places, merged in the order of their cosine.
     static: list[tuple[float, int, int]] = []
     for label, units in enumerate(segments):
@@ -176,7 +185,7 @@ def test_the_most_alike_are_merged_first_and_no_more_than_the_rate_asks_for() ->
     pruner, before = PruneVid(), torch.zeros(8, 12, dtype=torch.bool)
     segment = pruner.segments(embeds)
     for removable in range(0, 8 * 12, 5):
-        joined = pruner.grouped(embeds, segment, 2, removable).joined
+        joined = pruner.grouped(embeds, segment, removable).joined
         assert bool((joined | ~before).all())
         before = joined
     assert bool(before[:, 0::3].all())
@@ -188,8 +197,8 @@ def test_the_most_alike_are_merged_first_and_no_more_than_the_rate_asks_for() ->
 def test_static_is_more_alike_than_tau() -> None:
     embeds = torch.eye(4)[:, None].expand(4, 2, 4)  # all cosines are 0
     segment = torch.zeros(4, dtype=torch.int64)
-    assert not bool(PruneVid(tau=0.0).grouped(embeds, segment, 1, 8).joined.any())
-    assert bool(PruneVid(tau=-0.1).grouped(embeds, segment, 1, 8).joined.all())
+    assert not bool(PruneVid(tau=0.0).grouped(embeds, segment, 8).joined.any())
+    assert bool(PruneVid(tau=-0.1).grouped(embeds, segment, 8).joined.all())
 
 
 def test_what_moves_is_clustered_within_its_unit() -> None:
@@ -201,15 +210,24 @@ def test_what_moves_is_clustered_within_its_unit() -> None:
     assert torch.equal(choice.merged(embeds.flatten(0, 1)), kinds.flatten(0, 1))
 
 
-def test_a_unit_between_two_centres_belongs_to_the_one_before() -> None:
-    levels = torch.tensor([0.0, 1.0, 2.0, 2.0])[:, None, None].expand(4, 3, 2)
-    assert PruneVid(segment_ratio=0.5, neighbours=2).segments(levels).tolist() == [0, 0, 1, 1]
-
-
-def test_segments_never_go_back() -> None:
-    """The fourth unit is like the first ones again, behind one that is like the last."""
-    levels = torch.tensor([0.0, 0.0, 0.0, 9.0, 1.0, 9.0, 9.0, 9.0])[:, None, None].expand(8, 3, 2)
-    assert PruneVid(neighbours=3).segments(levels).tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+@pytest.mark.parametrize(
+    ("labels", "segments"),
+    [
+        ("a", "0"),
+        ("abcd", "0000"),  # nothing stays
+        ("aabbb", "00111"),
+        ("aabaaabb", "00000011"),  # the single b and the shorter a are open; both lie nearest to the longer a
+        ("bbacc", "00011"),  # as long on both sides: to the left
+        ("bbaccc", "001111"),
+        ("abbcc", "00011"),
+        ("bbccd", "00111"),
+        ("aabbaa", "001122"),  # two longest ones
+    ],
+)
+def test_scattered_clusters_become_runs(labels: str, segments: str) -> None:
+    found = contiguous(torch.tensor([ord(label) for label in labels]))
+    assert found.tolist() == [int(number) for number in segments]
+    assert slow_segments([ord(label) for label in labels]) == found.tolist()
 
 
 def test_distances_are_exact_where_tokens_share_much_and_nothing_where_they_are_equal() -> None:
