@@ -26,6 +26,7 @@ PRUNERS: dict[str, str] = {
     "nvidia": "nvidia",
     "random": "random_tokens",
     "frames": "whole_units",
+    "prunevid": "prunevid",
 }
 
 
