@@ -28,6 +28,7 @@ from evs_train.data.template import IGNORE_INDEX
 from evs_train.inputs import Inputs, deepspeed_file
 from evs_train.memory import MemoryEstimate, estimate_memory
 from evs_train.models.tuning import PartSize, part_sizes
+from evs_train.pruners.base import Pruner
 from evs_train.rates import Rates
 from evs_train.samplers import Fixed
 
@@ -145,7 +146,7 @@ def _report(run: Inputs, probed: Probed, rows: Sequence[PlannedRow | Refused]) -
         seconds={"total": sum(seconds), **_percentiles(seconds)} if seconds else {},
         resolutions=_percentiles(by_pixels),
         row_tokens=_percentiles(lengths),
-        tokens={f"{rate:g}": _tokens(planned, rate, cap=recipe.evs.cap) for rate in RATES},
+        tokens={f"{rate:g}": _tokens(planned, rate, run.pruner, cap=recipe.evs.cap) for rate in RATES},
         longest=[(row.sample_id, row.full.num_tokens) for row in longest],
         refused=refused,
         supervised_share=supervised / max(sum(lengths), 1),
@@ -195,9 +196,9 @@ def _feature_gib(run: Inputs, rows: Sequence[PlannedRow | Refused]) -> float | N
     return values * (2 if halves else 4) / 2**30
 
 
-def _tokens(planned: Sequence[PlannedRow], rate: float, *, cap: bool) -> dict[str, int]:
+def _tokens(planned: Sequence[PlannedRow], rate: float, pruner: Pruner, *, cap: bool) -> dict[str, int]:
     rates = Rates(Fixed(rate), cap=cap)
-    video = sum(row.full.retained_video_tokens(lambda units: rates.of_video(0, 0, units)) for row in planned)
+    video = sum(row.full.retained_video_tokens(lambda units: rates.of_video(0, 0, units), pruner) for row in planned)
     dense = sum(row.full.num_video_tokens for row in planned)
     return {"video_tokens": video, "all_tokens": sum(row.full.num_tokens for row in planned) - dense + video}
 

@@ -1,6 +1,6 @@
 """Host half of pruning: examples to a batch with its rate and its plan. The device half is `prune.py`.
 
-How many tokens every video keeps is known before anything is encoded (`evs.retained_tokens`), so the host plans all
+How many tokens every video keeps is known before anything is encoded (`Pruner.num_retained`), so the host plans all
 shapes: which flat positions always stay, which belong to videos, and where each retained token goes. Rows are padded on
 the right, which cannot reach earlier tokens in a causal model, hybrid or not, or joined to one sequence (`packing`).
 
@@ -11,6 +11,7 @@ This module does not decode, tokenize, encode or choose.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,24 +20,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evs_train import evs
 from evs_train.data.batches import Examples
 from evs_train.data.chat import Example, Media, MediaItem
 from evs_train.data.quarantine import BadSample, NoneLeftError
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import EvsTrainError
+from evs_train.pruners.base import Pruner
+from evs_train.pruners.evs import EVS
 from evs_train.rates import Rates
 
 
 @dataclass(frozen=True)
 class PlannedItem:
-    """One video or image of a batch: where it stands, its rate, and how many of its tokens stay."""
+    """One video or image of a batch: where it stands, its rate, and how many of its tokens stay.
+
+    `seed` is of what a pruner draws at random: one for each row of a step, the same in all its passes.
+    """
 
     row: int
     item: MediaItem
     pruning_rate: float
     num_retained: int
     frames: np.ndarray | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,11 +108,12 @@ class Collator:
 
     The batch holds `input_ids` and `labels` (B, L) unpruned and padded on the right, `position_ids` (P, B, L) where the
     family has them, `media` (encoder inputs of all rows in order), `plan` (`BatchPlan`) and `index`, flat tensors:
-    `always` (int64 positions in B*L that stay whatever EVS chooses), `video` (int64 positions of all video tokens, in
+    `always` (int64 positions in B*L that stay whatever is chosen), `video` (int64 positions of all video tokens, in
     the order of the batch), `target` (int64 places of the retained tokens in the pruned batch, ascending) and
     `boundaries` ((B + 1,) int32, where each row begins in the joined sequence, and its length). With `sequential` it
     holds `sequential_ids` (*plan.shape), the pruned batch's positions, instead of `position_ids`. With `further` it
     holds `further`: for each of them a mapping of the `plan`, `index` and `sequential_ids` of another pass.
+    Where the pruner looks at pixels it holds `changes`: (T, N) float32 of each video (`Example.changes`).
     An example that is an error makes the batch `{"error": error, "bad": ...}`, where `bad` has for each row the samples
     that could not be read and the id of the one that it shows instead, or None.
 
@@ -114,6 +121,7 @@ class Collator:
         sequential: number the retained tokens of a row 0, 1, 2, ... instead of keeping their positions.
         packing: join the rows of a batch to one sequence after pruning, instead of padding them.
         further: rates of further passes over the same rows. Their plans carry no frames.
+        pruner: says how many tokens stay; the device half must have the same.
     """
 
     rates: Rates
@@ -122,6 +130,7 @@ class Collator:
     sequential: bool = False
     packing: bool = False
     further: tuple[Rates, ...] = ()
+    pruner: Pruner = EVS
 
     def __call__(self, read: Sequence[Examples]) -> dict[str, Any]:
         """The batch of one micro-batch: the loader hands over a list of one."""
@@ -142,6 +151,8 @@ class Collator:
         positions = [row.position_ids for row in rows if row.position_ids is not None]
         if positions and not self.sequential:
             batch["position_ids"] = _pad(positions, length, 0).transpose(0, 1)  # (B, P, L) -> (P, B, L)
+        if self.pruner.needs_changes:
+            batch["changes"] = [change for row in rows for change in row.changes]
         if self.further:
             unseen = [dataclasses.replace(row, frames=()) for row in rows]
             plans = [dataclasses.replace(self, rates=rates).plan(unseen, examples.step) for rates in self.further]
@@ -166,8 +177,9 @@ class Collator:
                     number,
                     item,
                     pruning_rate := self.rates.of_video(row.draw, step, item.num_units),
-                    evs.retained_tokens(item.num_units, item.tokens_per_unit, pruning_rate),
+                    self.pruner.num_retained(item.num_units, item.tokens_per_unit, pruning_rate),
                     next(frames, None),
+                    seed_of(self.rates.seed, row.sample_id, step),
                 )
                 if item.kind == "video"
                 else PlannedItem(number, item, 0.0, item.num_tokens)
@@ -188,6 +200,11 @@ class Collator:
             bad=tuple(row.bad for row in rows),
             decoded_by=tuple(backend for row in rows for backend in row.decoded_by),
         )
+
+
+def seed_of(seed: int, sample_id: str, step: int) -> int:
+    """What a pruner draws with for the videos of a row: 63 bits, the same wherever the row is shown in this step."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {sample_id}".encode()).digest()[:8], "big") >> 1
 
 
 def _pad(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from evs_train import samplers
+from evs_train import pruners, samplers
 from evs_train.data_config import DataSection, Section, as_list
 from evs_train.errors import RecipeError
 
@@ -54,6 +54,9 @@ class DemoSection(Section):
 class EvsSection(Section):
     """How videos are pruned while training."""
 
+    method: str | dict[str, Any] = Field(
+        "evs", description="which tokens stay: a pruner's name, or that as `kind` with its options (docs/pruners.md)"
+    )
     rate: float | dict[str, Any] = Field(
         0.75, description="a fixed rate, or a sampler, such as {kind: beta, mode: 0.75}"
     )
@@ -68,6 +71,16 @@ class EvsSection(Section):
         "engine", description="score the tensor that serving scores for this family, or the plain embeddings"
     )
     score_dtype: Literal["model", "float32"] = Field("model", description="dtype of the scores")
+
+    @field_validator("method", mode="plain")
+    @classmethod
+    def _pruner_is_known(cls, value: Any) -> str | dict[str, Any]:
+        try:
+            pruners.method_name(value)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+        method: str | dict[str, Any] = value
+        return method
 
     @field_validator("rate", mode="plain")  # plain: it alone judges, or a union would report each of its members
     @classmethod

@@ -35,9 +35,13 @@ from evs_train.data.sampling import FrameSampling
 from evs_train.data.video import decoding_options, frame_sampling, read_image, read_video
 from evs_train.data_config import DataSection
 from evs_train.errors import RecipeError
+from evs_train.inputs import check_pruner
 from evs_train.models.base import Family, Features
 from evs_train.models.loading import load_encoder, load_family, load_weights
 from evs_train.prune import KINDS, EvsHook, to_device
+from evs_train.pruners import Method, build_pruner, method_name
+from evs_train.pruners.base import Pruner
+from evs_train.pruners.evs import EVS
 from evs_train.rates import Rates
 from evs_train.recipe import parse_recipe
 from evs_train.samplers import build_sampler
@@ -51,10 +55,11 @@ class PrunedModel:
     """A checkpoint with its processor, ready to answer at any pruning rate.
 
     Attributes:
-        trained_rate: `video_pruning_rate` of the checkpoint's config.json, or 0; the rate when a call names none.
+        trained_rate: `video_pruning_rate` of the checkpoint's config.json, or 0; the rate when a call names none. Of
+            an export that was not trained with EVS, the one in its record.
         sampling: how frames are taken from videos.
         template_kwargs: variables of the chat template.
-        engine_score, float32_score: as of `EvsHook`.
+        engine_score, float32_score, pruner: as of `EvsHook`.
         decoding: decoder and limits.
     """
 
@@ -66,6 +71,7 @@ class PrunedModel:
     engine_score: bool = True
     float32_score: bool = False
     decoding: Decoding = field(default_factory=Decoding)
+    pruner: Pruner = EVS
 
     @classmethod
     def load(
@@ -75,6 +81,7 @@ class PrunedModel:
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         device: str | torch.device | None = None,
         positions: Positions | None = None,
+        method: Method | None = None,
         data: Mapping[str, Any] | None = None,
         encoder_only: bool = False,
         **model: Any,
@@ -86,6 +93,7 @@ class PrunedModel:
             dtype: of the weights, the computation and the scores; see `model.dtype` of a recipe.
             device: default: the GPU if there is one.
             positions: `evs.positions`; of a checkpoint that is no export, "preserve".
+            method: `evs.method`; of a checkpoint that is no export, "evs".
             data: keys of a recipe's `data` section that say how videos are sampled and processed.
             encoder_only: load no more of the language model than its first layer: it encodes, and cannot answer.
             model: other keys of a recipe's `model` section.
@@ -98,7 +106,12 @@ class PrunedModel:
             raise RecipeError("flash_attention_2 does not generate from pruned video", "use sdpa")
         evs, options = settings_of(checkpoint, data)
         family = load_family(section, options, positions or evs.positions)
-        trained_rate = float(family.config.to_dict().get("video_pruning_rate") or 0.0)
+        pruner = build_pruner(method or evs.method)
+        check_pruner(pruner, family, section.attn_implementation)
+        says_rate = family.config.to_dict()
+        if method_name(evs.method) != "evs":  # it is an export, whose config.json speaks to engines, of EVS alone
+            says_rate = json.loads((Path(checkpoint) / EXPORT_RECORD).read_text(encoding="utf-8"))
+        trained_rate = float(says_rate.get("video_pruning_rate") or 0.0)
         plain = (load_encoder if encoder_only else load_weights)(section, family.config, getattr(torch, dtype))
         plain.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
@@ -110,6 +123,7 @@ class PrunedModel:
             engine_score=evs.score == "engine",
             float32_score=evs.score_dtype == "float32",
             decoding=decoding_options(options),
+            pruner=pruner,
         )
 
     def answer(self, messages: Sequence[dict[str, Any]], pruning_rate: float | None = None, **options: Any) -> str:
@@ -129,7 +143,14 @@ class PrunedModel:
         sample = read_prompt(messages, media_root)
         clips = [read_video(path, self.sampling, decoding=self.decoding) for path in sample.videos]
         images = [read_image(path, decoding=self.decoding) for path in sample.images]
-        return build_prompt(sample, clips, images, self.family, template_kwargs=self.template_kwargs)
+        return build_prompt(
+            sample,
+            clips,
+            images,
+            self.family,
+            template_kwargs=self.template_kwargs,
+            measure_changes=self.pruner.needs_changes,
+        )
 
     def inputs(self, prompt: Example, pruning_rate: float) -> dict[str, Any]:
         """Arguments of the model's forward for one prompt, its videos encoded and pruned; all rows of shape (1, K)."""
@@ -158,8 +179,15 @@ class PrunedModel:
             pad_token_id=self.family.pad_token_id,
             merge_media=lambda media: {},
             sequential=self.family.positions == "sequential",
+            pruner=self.pruner,
         )
-        hook = _Encoded(self.family, self.model, engine_score=self.engine_score, float32_score=self.float32_score)
+        hook = EncodedHook(
+            self.family,
+            self.model,
+            self.pruner,
+            engine_score=self.engine_score,
+            float32_score=self.float32_score,
+        )
         hook.encoded = {kind: features * len(rows) for kind, features in encoded.items()}
         pruned = hook.prune(to_device(collator([Examples(0, list(rows))]), self.model.device))
         del pruned["labels"]
@@ -188,7 +216,7 @@ class PrunedModel:
 
 
 @dataclass
-class _Encoded(EvsHook):
+class EncodedHook(EvsHook):
     """A hook that is given what the encoder said, instead of running it."""
 
     encoded: Encoded = field(default_factory=dict)

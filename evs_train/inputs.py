@@ -39,6 +39,8 @@ from evs_train.models.loading import load_family, without_weights
 from evs_train.models.tiny import build_tiny
 from evs_train.models.tuning import PartSize, apply_tuning, part_sizes
 from evs_train.objectives import further_rates
+from evs_train.pruners import build_pruner
+from evs_train.pruners.base import Pruner
 from evs_train.rates import Rates
 from evs_train.strict import read_json
 
@@ -72,6 +74,13 @@ class Inputs:
             check_family(self.family)
         self.sampler = samplers.build_sampler(recipe.evs.rate)
         self.rates = Rates(self.sampler, recipe.seed, recipe.evs.scope == "sample", recipe.evs.cap)
+        self.pruner = build_pruner(recipe.evs.method)
+        check_pruner(self.pruner, self.family, recipe.model.attn_implementation)
+        if self.pruner.needs_changes and recipe.data.cache_features is not None:
+            raise RecipeError(
+                "data.cache_features: evs.method looks at pixels, and what is kept of a video has none",
+                "leave the key out, or take a pruner that compares features",
+            )
         self.world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
         self.order = DrawOrder(len(self.samples), recipe.seed, self.data.shares)
         self.reader = RowReader(
@@ -83,6 +92,7 @@ class Inputs:
             last_only=recipe.data.supervise == "last",
             verify=recipe.data.verify,
             decoding=decoding_options(recipe.data),
+            measure_changes=self.pruner.needs_changes,
         )
         self.collator = Collator(
             rates=self.rates,
@@ -91,6 +101,7 @@ class Inputs:
             sequential=recipe.evs.positions == "sequential",
             packing=recipe.train.packing,
             further=further_rates(recipe.objective, self.rates),
+            pruner=self.pruner,
         )
 
     def plan(self, num_workers: int | None = None, probed: Probed | None = None) -> list[PlannedRow | Refused]:
@@ -129,6 +140,7 @@ class Inputs:
             num_steps=train.steps,
             num_draws=math.ceil(train.epochs * len(self.samples)),
             max_attempts=data.max_bad_in_a_row,
+            pruner=self.pruner,
         )
 
     @cached_property
@@ -178,6 +190,17 @@ class Inputs:
             of_step = (slot.draw for number in numbers for slot in self.schedule.batch(number).slots)
             draws.update(islice(of_step, _PICTURES_PER_STEP))
         return frozenset(draws)
+
+
+def check_pruner(pruner: Pruner, family: Family, attention: str) -> None:
+    """Raise RecipeError where the model cannot be told what the pruner hides."""
+    if pruner.hides and not family.attention_only:
+        raise RecipeError(
+            f"evs.method: {family.model_type} has recurrent layers, from which no token can be hidden",
+            "take another pruner",
+        )
+    if pruner.hides and attention == "flash_attention_2":
+        raise RecipeError("evs.method: flash_attention_2 takes no mask, which this pruner needs", "use sdpa")
 
 
 @contextlib.contextmanager

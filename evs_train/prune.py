@@ -1,4 +1,4 @@
-"""Device half of pruning: a forward pre-hook that encodes a batch's media, lets EVS choose, and shortens the batch.
+"""Device half of pruning: a forward pre-hook that encodes a batch's media, has tokens chosen, and shortens the batch.
 
 It runs on the model that the trainer was given, inside forward, hence inside DDP, DeepSpeed and FSDP, and leaves the
 model's class, `state_dict` and `save_pretrained` alone. Ids, labels, positions and features are moved together by one
@@ -26,35 +26,36 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from evs_train import evs
 from evs_train.collate import BatchPlan, PlannedItem
 from evs_train.data.chat import Kind, Media, MediaItem
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.encoder_cache import EncoderCache
 from evs_train.models.base import Encoding, Family, Features
 from evs_train.objectives import supervised_places
+from evs_train.pruners.base import Choice, Pruner, Video
+from evs_train.pruners.evs import EVS
 from evs_train.timing import Stopwatch
 
 KINDS: tuple[Kind, ...] = ("image", "video")
-INPUTS = ("input_ids", "labels", "media", "plan", "index", "position_ids", "sequential_ids", "further")
+INPUTS = ("input_ids", "labels", "media", "plan", "index", "position_ids", "sequential_ids", "further", "changes")
 
 
-def compact(batch: dict[str, Any], selected: Sequence[Tensor], pad_token_id: int) -> dict[str, Tensor]:
+def compact(batch: dict[str, Any], choices: Sequence[Choice], pad_token_id: int) -> dict[str, Tensor]:
     """Move ids, labels and positions of the retained tokens together.
 
     Args:
         batch: a batch of `Collator`, on the device.
-        selected: for each video of the batch, the (K,) int64 indices of its retained tokens.
+        choices: of each video of the batch.
 
     Returns:
         `input_ids`, `labels`, `documents` of shape `plan.shape`, int64; `documents` is the row that a token comes from,
-        -1 where there is padding. Where the batch has positions, `position_ids` (P, *plan.shape), or plan.shape if P
-        is 1.
+        -1 where there is padding or a token that attention does not see. Where the batch has positions, `position_ids`
+        (P, *plan.shape), or plan.shape if P is 1.
     """
     plan: BatchPlan = batch["plan"]
     index: dict[str, Tensor] = batch["index"]
     of_videos = index["video"].split([planned.item.num_tokens for planned in plan.videos])
-    kept = [places[chosen] for places, chosen in zip(of_videos, selected, strict=True)]
+    kept = [places[choice.index] for places, choice in zip(of_videos, choices, strict=True)]
     source = torch.cat([index["always"], *kept]).sort().values  # (sum of retained lengths,)
     target = index["target"]
 
@@ -64,6 +65,10 @@ def compact(batch: dict[str, Any], selected: Sequence[Tensor], pad_token_id: int
 
     ids: Tensor = batch["input_ids"]
     rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    for places, choice in zip(kept, choices, strict=True):
+        if choice.seen is not None:
+            flat = rows.flatten()
+            rows = flat.index_copy(0, places, flat[places].where(choice.seen, -1)).view_as(rows)
     out = {
         "input_ids": moved(ids, pad_token_id),
         "labels": moved(batch["labels"], IGNORE_INDEX),
@@ -97,6 +102,7 @@ class EvsHook:
 
     Attributes:
         model: the plain transformers model inside whatever wraps it.
+        pruner: says which tokens stay; the batch must have been planned with it.
         engine_score: score what serving scores for the family, rather than the pooled embeddings alone.
         float32_score: upcast before scoring. Serving does not.
         encoder_trains: the vision tower or projector has trainable parameters. In training every rank then encodes
@@ -108,11 +114,14 @@ class EvsHook:
         autocast: makes the mixed-precision context that the forward runs in.
         targets: (S,) supervised tokens of the last batch, the same in all its passes.
         passes: what the further passes of the last batch gave, in its order.
-        kept: (planned video, (K,) selected) of every video whose plan carries frames, until somebody clears it.
+        hidden: number of kept tokens of the last batch that attention does not see; None where the pruner hides none.
+        kept: (planned video, (K,) places that are kept and seen) of every video whose plan carries frames, until
+            somebody clears it.
     """
 
     family: Family
     model: PreTrainedModel
+    pruner: Pruner = EVS
     engine_score: bool = True
     float32_score: bool = False
     encoder_trains: bool = False
@@ -123,6 +132,7 @@ class EvsHook:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     targets: Tensor = field(default_factory=lambda: torch.empty(0))
     passes: list[Pass] = field(default_factory=list)
+    hidden: Tensor | None = None
     kept: list[tuple[PlannedItem, Tensor]] = field(default_factory=list)
 
     def attach(self, module: nn.Module) -> RemovableHandle:
@@ -177,27 +187,33 @@ class EvsHook:
         plan: BatchPlan = batch["plan"]
         encoded, blanks = encoding
         with self.autocast(), self.stopwatch.section("pruning"):
-            selected = [
-                self._select(planned, features) for planned, features in zip(plan.videos, encoded["video"], strict=True)
+            changes = batch["changes"] if self.pruner.needs_changes else [None] * len(plan.videos)
+            choices = [
+                self._choose(planned, features, change)
+                for planned, features, change in zip(plan.videos, encoded["video"], changes, strict=True)
             ]
             remaining: dict[Kind, Any] = {
                 "image": iter(encoded["image"]),
                 "video": iter(
                     [
-                        _retained(features, chosen, planned.item.num_tokens)
-                        for planned, features, chosen in zip(plan.videos, encoded["video"], selected, strict=True)
+                        _retained(features, choice, planned.item.num_tokens)
+                        for planned, features, choice in zip(plan.videos, encoded["video"], choices, strict=True)
                     ]
                 ),
             }
             features = [(planned.item.kind, next(remaining[planned.item.kind])) for planned in plan.items]
-            pruned = compact(batch, selected, self.family.pad_token_id)
+            pruned = compact(batch, choices, self.family.pad_token_id)
         attention = self._attention(plan, batch["index"]["boundaries"], pruned.pop("documents"))
-        self.kept += [(p, chosen) for p, chosen in zip(plan.videos, selected, strict=True) if p.frames is not None]
+        if self.pruner.hides:
+            hidden = [(~choice.seen).sum() for choice in choices if choice.seen is not None]
+            self.hidden = sum(hidden, start=batch["index"]["always"].new_zeros(()))
+        self.kept += [(p, c.visible) for p, c in zip(plan.videos, choices, strict=True) if p.frames is not None]
         with self.autocast():
             return self.family.forward_inputs(self.model, {**others, **pruned, **attention}, features + blanks)
 
-    def _select(self, planned: PlannedItem, features: Features) -> Tensor:
-        return evs.select_tokens(self.scored(planned.item, features), planned.pruning_rate)
+    def _choose(self, planned: PlannedItem, features: Features, change: Tensor | None = None) -> Choice:
+        video = Video(self.scored(planned.item, features).detach(), planned.seed, change)
+        return self.pruner.choose(video, planned.pruning_rate)
 
     def scored(self, item: MediaItem, features: Features) -> Tensor:
         """(T, N, D) what decides which tokens of a video are kept, in the dtype of the scores."""
@@ -277,10 +293,12 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
             layer.train()
 
 
-def _retained(features: Features, chosen: Tensor, num_tokens: int) -> Features:
-    """The chosen rows of each layer, and all rows that stand behind the video's own tokens."""
+def _retained(features: Features, choice: Choice, num_tokens: int) -> Features:
+    """What each layer says of the kept tokens, and all rows that stand behind the video's own tokens."""
     return [
-        layer[chosen] if len(layer) == num_tokens else torch.cat([layer[chosen], layer[num_tokens:]])
+        choice.merged(layer)
+        if len(layer) == num_tokens
+        else torch.cat([choice.merged(layer[:num_tokens]), layer[num_tokens:]])
         for layer in features
     ]
 

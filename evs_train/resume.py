@@ -49,7 +49,7 @@ NAMED_KEYS = (
     "data.max_video_frames",
     # What a step computes, and in which arithmetic.
     "model.dtype", "model.attn_implementation", "train.packing", "tuning.lora.alpha", "tuning.lora.dropout",
-    "evs.rate", "evs.scope", "evs.cap", "evs.positions", "evs.score", "evs.score_dtype",
+    "evs.method", "evs.rate", "evs.scope", "evs.cap", "evs.positions", "evs.score", "evs.score_dtype",
     "objective.kind", "objective.teacher_weight", "objective.temperature", "objective.lowest", "objective.highest",
     "optim.lr", "optim.lr_by_part", "optim.weight_decay", "optim.betas", "optim.warmup_ratio", "optim.scheduler",
     "optim.max_grad_norm",

@@ -173,6 +173,7 @@ class Run(Inputs):
         hook = EvsHook(
             family=self.family,
             model=plain,
+            pruner=self.pruner,
             engine_score=recipe.evs.score == "engine",
             float32_score=recipe.evs.score_dtype == "float32",
             encoder_trains=encoder_trains(model, self.family),

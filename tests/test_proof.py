@@ -15,19 +15,15 @@ from benchmarks.proof import world
 from benchmarks.proof.base import TOKENS_PER_UNIT
 from benchmarks.proof.plan import ARMS, DENSE, PLUG, SIZES, Size
 from benchmarks.proof.report import read_results, report_of, write_report
-from benchmarks.proof.runs import PIXELS, ExampleCache, StudyHook, whole_units
+from benchmarks.proof.runs import PIXELS, ExampleCache
 from benchmarks.proof.scoring import answers, choice_tokens, slots_of
 from benchmarks.proof.statistics import Draws
 from benchmarks.proof.study import Study
 from evs_train.checkpoint import read_record
-from evs_train.collate import Collator
-from evs_train.data.batches import Examples
 from evs_train.errors import DataError
 from evs_train.inputs import Inputs
 from evs_train.models.loading import load_weights
-from evs_train.rates import Rates
 from evs_train.recipe import load_recipe
-from evs_train.samplers import build_sampler
 
 RATES = (0.0, 0.75, 0.9)
 MINI = Size(6, 5, (2, 1), 3, (0, 1), (PLUG, DENSE, "mixture", "sandwich", "uniform, whole units"), RATES, batch=4)
@@ -146,35 +142,6 @@ def test_answers_are_those_of_plain_forwards(folder: Path, inputs: Inputs) -> No
         said = [ids[logits[place - 1, ids].argmax()] for place, ids in zip(places, choices, strict=True)]
         assert found["0"][number] == "".join(str(int(a == b)) for a, b in zip(said, slots.tokens, strict=True))
     assert set(found) == {"0", "0.75"}
-
-
-@pytest.mark.parametrize("selection", ["evs", "random", "frames"])
-def test_controls_keep_as_many_tokens_as_evs(folder: Path, inputs: Inputs, selection: str) -> None:
-    model = load_weights(inputs.recipe.model, inputs.family.config, torch.float32)
-    hook = StudyHook(inputs.family, model, selection=selection)  # type: ignore[arg-type]
-    rates = Rates(build_sampler(0.7), cap=False)
-    collator = Collator(rates, inputs.family.pad_token_id, inputs.family.merge_media)
-    batch = collator([Examples(0, [_cache(inputs, folder).read(n) for n in range(3)])])
-    chosen = [
-        hook._select(planned, features)
-        for planned, features in zip(batch["plan"].videos, hook._encode(batch["media"], False)[0]["video"], strict=True)
-    ]
-    assert [len(one) for one in chosen] == [96, 96, 96]  # int(320 * .3)
-    assert all(torch.equal(one, one.unique()) for one in chosen)
-    units = [set((one // TOKENS_PER_UNIT).tolist()) for one in chosen]
-    if selection == "frames":
-        assert units == [{0, 3, 6, 10, 13, 16}] * 3
-    else:
-        assert not torch.equal(chosen[0], chosen[1])
-        assert (torch.stack(chosen)[:, :TOKENS_PER_UNIT].max() >= TOKENS_PER_UNIT) == (selection == "random")
-
-
-def test_whole_units_fill_the_budget_exactly() -> None:
-    for kept in range(4, 33):
-        tokens = whole_units(8, 4, kept)
-        assert len(tokens) == kept
-        assert torch.equal(tokens, tokens.unique())
-        assert tokens[:4].tolist() == [0, 1, 2, 3]
 
 
 def test_every_arm_is_answered_once_by_seed(folder: Path) -> None:

@@ -64,7 +64,7 @@ class BooleanMask(EvsHook):
     def mask(self, planned: PlannedItem, features: Features) -> Tensor:
         """EVS's choice of one video."""
         mask = torch.zeros(planned.item.num_tokens, dtype=torch.bool, device=features[0].device)
-        return mask.index_fill(0, self._select(planned, features), value=True)
+        return mask.index_fill(0, self._choose(planned, features).index, value=True)
 
     def keep(
         self, batch: dict[str, Any], masks: Sequence[Tensor], videos: Sequence[Features]

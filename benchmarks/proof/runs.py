@@ -1,8 +1,8 @@
-"""Training of the proof: our own `Run`, with examples that are prepared once and with controls for the choice of EVS.
+"""Training of the proof: our own `Run`, with examples that are prepared once.
 
 The same 32 frames of each clip are shown many times, so rows are decoded and tokenized once and kept on disk, pixels as
-bytes (`ExampleCache`); what the model reads is the same (tests/test_proof.py). Controls replace which tokens are kept,
-never how many. Cost: about 110 kB of disk and 10 ms, once, for each clip.
+bytes (`ExampleCache`); what the model reads is the same (tests/test_proof.py). Cost: about 110 kB of disk and 10 ms,
+once, for each clip.
 """
 
 from __future__ import annotations
@@ -12,22 +12,17 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from evs_train.collate import PlannedItem
 from evs_train.config import Recipe
-from evs_train.data.chat import Example, Kind, Media, MediaItem
+from evs_train.data.chat import Example, MediaItem
 from evs_train.data.rows import RowReader
-from evs_train.models.base import Features
-from evs_train.prune import EvsHook
 from evs_train.trainer import UptrainTrainer
 from evs_train.uptrain import Run
 
-Selection = Literal["evs", "random", "frames"]
 PIXELS = "pixel_values_videos"
 
 
@@ -42,7 +37,8 @@ class ExampleCache:
 
     def __init__(self, reader: RowReader, folder: Path, say: Callable[[str], None] = print) -> None:
         texts = "\n".join(f"{sample.id} {sample.messages}" for sample in reader.samples)
-        file = folder / f"{hashlib.sha256(texts.encode()).hexdigest()[:16]}.pt"
+        kind = "-changes" if reader.measure_changes else ""
+        file = folder / f"{hashlib.sha256(texts.encode()).hexdigest()[:16]}{kind}.pt"
         if not file.is_file():
             say(f"preparing {len(reader.samples)} rows")
             folder.mkdir(parents=True, exist_ok=True)
@@ -92,42 +88,8 @@ class CachedReader(RowReader):
         return self.cache.read(number)
 
 
-@dataclass
-class StudyHook(EvsHook):
-    """A hook whose choice can be replaced, and that can be given what the encoder said.
-
-    Attributes:
-        selection: evs; `random`: as many tokens at random; `frames`: as many as whole units evenly apart, the last one
-            cut off where the number is no multiple of a unit.
-        encoded: features to use instead of running the encoder.
-    """
-
-    selection: Selection = "evs"
-    encoded: dict[Kind, list[Features]] | None = None
-
-    def _select(self, planned: PlannedItem, features: Features) -> Tensor:
-        total, per_unit, kept = planned.item.num_tokens, planned.item.tokens_per_unit, planned.num_retained
-        device = features[0].device
-        if self.selection == "random":
-            return torch.randperm(total)[:kept].sort().values.to(device)
-        if self.selection == "frames":
-            return whole_units(planned.item.num_units, per_unit, kept).to(device)
-        return super()._select(planned, features)
-
-    def _encode(self, media: Media, training: bool) -> tuple[dict[Kind, list[Features]], list[tuple[Kind, Features]]]:
-        return super()._encode(media, training) if self.encoded is None else (self.encoded, [])
-
-
-def whole_units(num_units: int, tokens_per_unit: int, kept: int) -> Tensor:
-    """(kept,) int64 ascending: the tokens of units evenly apart, the first one among them, the last one cut off."""
-    count = -(-kept // tokens_per_unit)
-    units = [place * num_units // count for place in range(count)]
-    tokens = torch.cat([torch.arange(tokens_per_unit) + unit * tokens_per_unit for unit in units])
-    return tokens[:kept]
-
-
 class StudyRun(Run):
-    """A run that reads prepared rows, and may keep other tokens than EVS would."""
+    """A run that reads prepared rows."""
 
     trained: PreTrainedModel
 
@@ -135,24 +97,14 @@ class StudyRun(Run):
         self,
         recipe: Recipe,
         cache_folder: Path,
-        selection: Selection = "evs",
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__(recipe)
-        self.selection = selection
         self.cache = ExampleCache(self.reader, cache_folder, say)
         plain = {f.name: getattr(self.reader, f.name) for f in dataclasses.fields(self.reader) if f.init}
         self.reader = CachedReader(**plain, cache=self.cache)
 
     def build_trainer(self, args: TrainingArguments | None = None) -> UptrainTrainer:
         trainer = super().build_trainer(args)
-        as_study_hook(trainer.hook).selection = self.selection
         self.trained = trainer.hook.model
         return trainer
-
-
-def as_study_hook(hook: EvsHook) -> StudyHook:
-    """Make a hook a `StudyHook`: the same object, since the trainer holds it already."""
-    hook.__class__ = StudyHook
-    assert isinstance(hook, StudyHook)
-    return hook

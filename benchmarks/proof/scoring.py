@@ -18,15 +18,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.proof import world
-from benchmarks.proof.runs import ExampleCache, Selection, StudyHook
+from benchmarks.proof.runs import ExampleCache
 from evs_train import evs
 from evs_train.collate import Collator
 from evs_train.data.batches import Examples
 from evs_train.data.chat import Example
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import DataError
+from evs_train.generation import EncodedHook
 from evs_train.models.base import Family
 from evs_train.prune import KINDS, to_device
+from evs_train.pruners.base import Pruner
+from evs_train.pruners.evs import EVS
 from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
 
@@ -43,13 +46,12 @@ class Slots:
 
 @torch.inference_mode()
 def answers(
-    family: Family, model: PreTrainedModel, rows: ExampleCache, rates: Sequence[float], selection: Selection = "evs"
+    family: Family, model: PreTrainedModel, rows: ExampleCache, rates: Sequence[float], pruner: Pruner = EVS
 ) -> dict[str, list[str]]:
     """For each rate, for each row, one character a question (in the order of `world.FACTS`): 1 if it is right."""
     model.eval()
-    torch.manual_seed(0)  # of the control that keeps tokens at random
     choices = choice_tokens(family)
-    hook = StudyHook(family, model, selection=selection)
+    hook = EncodedHook(family, model, pruner)
     found: dict[str, list[str]] = {f"{rate:g}": [] for rate in rates}
     for start in range(0, len(rows), BATCH):
         examples = [rows.read(number) for number in range(start, min(start + BATCH, len(rows)))]
@@ -59,7 +61,9 @@ def answers(
             kind: family.encode(model, media, kind) if family.num_encoder_calls(media, kind) else [] for kind in KINDS
         }
         for rate in rates:
-            collator = Collator(Rates(build_sampler(rate), cap=False), family.pad_token_id, lambda media: {})
+            collator = Collator(
+                Rates(build_sampler(rate), cap=False), family.pad_token_id, lambda media: {}, pruner=pruner
+            )
             inputs = hook.prune(to_device(collator([Examples(0, list(examples))]), model.device))
             labels = inputs.pop("labels").cpu()
             logits = model(**inputs, use_cache=False).logits.cpu()  # (B, L', V)

@@ -102,7 +102,7 @@ class Study:
         """Train one arm and let it answer; the content of its result file."""
         result: dict[str, Any] = {"arm": name, "seed": seed, "fingerprint": self.fingerprint}
         output = self.folder / "arms" / f"{_slug(name)}-{seed}"
-        words = ["recipe=" + str(HERE / "arm.yaml"), f"model.path={base}"]
+        words = ["recipe=" + str(HERE / "arm.yaml"), f"model.path={base}", f"evs.method={arm.method}"]
         if arm.overrides is None:
             self.say(f"{name}: scoring the base")
             recipe = self._recipe(words, output)
@@ -111,7 +111,7 @@ class Study:
         else:
             self.say(f"{name}, seed {seed}: {self.size.arm_steps} steps")
             words += [f"train.steps={self.size.arm_steps}", f"seed={seed}", *arm.overrides]
-            run = self._run_of(words, output, arm)
+            run = self._run_of(words, output)
             begin = time.process_time()
             summary = run.train()
             model = run.trained
@@ -127,7 +127,7 @@ class Study:
         heldout = Inputs(self._recipe([*words, f"data.rows={self.folder / 'world' / 'heldout.jsonl'}"], output))
         rows = ExampleCache(heldout.reader, self.cache, self.say)
         ids = [sample.id.split("-") for sample in heldout.samples]
-        found = answers(heldout.family, model, rows, self.size.rates, arm.selection)
+        found = answers(heldout.family, model, rows, self.size.rates, heldout.pruner)
         return result | {"questions": list(world.FACTS), "cameras": [camera for _, camera, _ in ids], "right": found}
 
     def _check_same_study(self, file: Path) -> None:
@@ -142,8 +142,8 @@ class Study:
                 "its arms cannot be compared with new ones: name another folder",
             )
 
-    def _run_of(self, words: list[str], output: Path, arm: Arm | None = None) -> StudyRun:
-        return StudyRun(self._recipe(words, output), self.cache, "evs" if arm is None else arm.selection, self.say)
+    def _run_of(self, words: list[str], output: Path) -> StudyRun:
+        return StudyRun(self._recipe(words, output), self.cache, self.say)
 
     def _recipe(self, words: list[str], output: Path) -> Recipe:
         rows = f"data.rows={self.folder / 'world' / 'train.jsonl'}"

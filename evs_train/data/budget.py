@@ -26,6 +26,8 @@ from evs_train.data.lengths import Length, PlannedRow, Refused, share_of
 from evs_train.data.order import DrawOrder
 from evs_train.data.schedule import MicroBatch, Slot
 from evs_train.errors import DataError
+from evs_train.pruners.base import Pruner
+from evs_train.pruners.evs import EVS
 from evs_train.rates import Rates
 
 LOOKAHEAD = 16
@@ -99,6 +101,7 @@ class BudgetBatches:
         num_steps: int | None = None,
         num_draws: int = 0,
         max_attempts: int = 100,
+        pruner: Pruner = EVS,
     ) -> None:
         """Plan the run.
 
@@ -108,12 +111,13 @@ class BudgetBatches:
             at_once: ranks; each computes one micro-batch at the same time.
             num_steps: length of the run; None: until `num_draws` draws are read.
             max_attempts: rows tried for one draw.
+            pruner: says how many tokens stay.
 
         Raises:
             DataError: no row that is tried for some draw fits into the budget.
         """
         self.rows, self.order, self.rates, self.budget = rows, order, rates, budget
-        self.per_step, self.at_once, self.max_attempts = per_step, at_once, max_attempts
+        self.per_step, self.at_once, self.max_attempts, self.pruner = per_step, at_once, max_attempts, pruner
         self._draws, self._attempts, self._lengths = array("q"), array("i"), array("q")
         self._starts = array("q", [0])  # of each micro-batch in these
         self._num_shortened = self._most_supervised = self._most_video_tokens = self._most_image_tokens = 0
@@ -260,7 +264,7 @@ class BudgetBatches:
             return Fault(row.message, row.hint, row.reason)
         num_tokens, index = 0, draw if self.rates.per_sample else 0  # one rate for all rows of a step is drawn once
         for level, length in enumerate(row.levels if self.budget.lose_frames else row.levels[:1]):
-            num_tokens = length.retained_tokens(lambda units: self._rate(index, step, units))
+            num_tokens = length.retained_tokens(lambda units: self._rate(index, step, units), self.pruner)
             if num_tokens <= most:
                 return level, length, num_tokens
         return Fault(

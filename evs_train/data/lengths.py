@@ -24,7 +24,6 @@ from typing import Any, Self
 
 import pyarrow
 
-from evs_train import evs
 from evs_train.data.chat import Example
 from evs_train.data.index import (
     Facts,
@@ -43,6 +42,8 @@ from evs_train.data.rows import RowReader
 from evs_train.data.sources import Source, name_of
 from evs_train.data.template import IGNORE_INDEX
 from evs_train.errors import DataError, Reason
+from evs_train.pruners.base import Pruner
+from evs_train.pruners.evs import EVS
 from evs_train.redaction import redact, restore
 
 SHARE_STEP = 0.75
@@ -89,16 +90,16 @@ class Length:
         """Tokens that the vision encoder makes, before pruning."""
         return self.num_video_tokens + self.num_image_tokens
 
-    def retained_video_tokens(self, rate_of: Callable[[int], float]) -> int:
+    def retained_video_tokens(self, rate_of: Callable[[int], float], pruner: Pruner = EVS) -> int:
         """Video tokens after pruning; `rate_of` gives the rate of a video of so many units."""
         return sum(
-            evs.retained_tokens(units, tokens, rate_of(units))
+            pruner.num_retained(units, tokens, rate_of(units))
             for units, tokens in zip(self.num_units, self.tokens_per_unit, strict=True)
         )
 
-    def retained_tokens(self, rate_of: Callable[[int], float]) -> int:
+    def retained_tokens(self, rate_of: Callable[[int], float], pruner: Pruner = EVS) -> int:
         """All tokens after pruning."""
-        return self.num_tokens - self.num_video_tokens + self.retained_video_tokens(rate_of)
+        return self.num_tokens - self.num_video_tokens + self.retained_video_tokens(rate_of, pruner)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from evs_train.evaluate.options import EvalOptions
 from evs_train.evaluate.run import share
 from evs_train.generation import PrunedModel
 from evs_train.models.base import Family
+from evs_train.pruners import build_pruner
 from evs_train.tracking import Tracker
 
 Curve = dict[float, float]
@@ -102,6 +103,7 @@ class LiveCurve(TrainerCallback):
             engine_score=recipe.evs.score == "engine",
             float32_score=recipe.evs.score_dtype == "float32",
             decoding=decoding_options(recipe.data),
+            pruner=build_pruner(recipe.evs.method),
         )
         asking = LocalModel(0, model, _options(recipe))
         everyone_asks_all = is_deepspeed_zero3_enabled()

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from evs_train import evs
 from evs_train.data.chat import Example, build_prompt
 from evs_train.data.decoding import Decoding
 from evs_train.data.sampling import FrameSampling
@@ -28,6 +27,8 @@ from evs_train.evaluate.records import Record
 from evs_train.evaluate.score import continuations, is_right, log_likelihoods, said_freely
 from evs_train.generation import Encoded, PrunedModel
 from evs_train.models.base import Family
+from evs_train.pruners.base import Pruner
+from evs_train.pruners.evs import EVS
 
 ROUNDS = 3
 """Measured prefills at each rate, of which the median counts; one more goes before them."""
@@ -50,6 +51,7 @@ class Prompts:
         decoding: decoder and limits.
         template_kwargs: variables of the chat template.
         verify: decode each video from end to end before its first use.
+        measure_changes: of the videos' pixels, for pruners that look at them.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class Prompts:
         decoding: Decoding,
         template_kwargs: Mapping[str, Any],
         verify: bool,
+        *,
+        measure_changes: bool = False,
     ) -> None:
         self._family, self._sampling, self._decoding = family, sampling, decoding
-        self._template_kwargs, self._verify = template_kwargs, verify
+        self._template_kwargs, self._verify, self._measure_changes = template_kwargs, verify, measure_changes
         self._last: tuple[Any, list[Clip], list[Any]] = (None, [], [])
 
     def of(self, question: Question) -> Example:
@@ -75,7 +79,14 @@ class Prompts:
                 clips = [from_its_start(clip) for clip in clips]
             self._last = last = (key, clips, [read_image(one, decoding=self._decoding) for one in sample.images])
         _, clips, images = last
-        return build_prompt(sample, clips, images, self._family, template_kwargs=self._template_kwargs)
+        return build_prompt(
+            sample,
+            clips,
+            images,
+            self._family,
+            template_kwargs=self._template_kwargs,
+            measure_changes=self._measure_changes,
+        )
 
 
 class LocalModel:
@@ -89,7 +100,14 @@ class LocalModel:
 
     def __init__(self, place: int, model: PrunedModel, options: EvalOptions) -> None:
         self.place, self.model, self.options = place, model, options
-        self._prompts = Prompts(model.family, model.sampling, model.decoding, model.template_kwargs, options.verify)
+        self._prompts = Prompts(
+            model.family,
+            model.sampling,
+            model.decoding,
+            model.template_kwargs,
+            options.verify,
+            measure_changes=model.pruner.needs_changes,
+        )
         self._left_to_time = options.timed
         self._encoded: tuple[Any, Encoded] = (None, {})
 
@@ -132,7 +150,7 @@ class LocalModel:
                     encode_seconds=encode_seconds,
                     peak_bytes=costs[rate].peak_bytes if costs else None,
                     **verdicts,
-                    **token_counts(prompt, rate),
+                    **token_counts(prompt, rate, self.model.pruner),
                 )
             )
         return records
@@ -153,10 +171,10 @@ def free_verdicts(said: str, question: Question, options: EvalOptions) -> dict[s
     return {**verdicts, "correct": verdicts[options.match]}
 
 
-def token_counts(prompt: Example, rate: float) -> dict[str, Any]:
-    """Tokens of a prompt at a rate, as the engines count them, and whether only the first unit is left of a video."""
+def token_counts(prompt: Example, rate: float, pruner: Pruner = EVS) -> dict[str, Any]:
+    """Tokens of a prompt at a rate, and whether only the first unit is left of a video."""
     videos = [item for item in prompt.items if item.kind == "video"]
-    kept = [evs.retained_tokens(item.num_units, item.tokens_per_unit, rate) for item in videos]
+    kept = [pruner.num_retained(item.num_units, item.tokens_per_unit, rate) for item in videos]
     before = sum(item.num_tokens for item in videos)
     return {
         "video_tokens": before,

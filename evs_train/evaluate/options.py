@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from evs_train.config import Layout, Positions, Rate
 from evs_train.data_config import DataSection, RowFormatName, Section
 from evs_train.errors import RecipeError
+from evs_train.pruners import Method, method_name
 from evs_train.recipe import parse_value
 
 RATES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.8, 0.9)
@@ -44,6 +45,9 @@ class EvalOptions(Section):
     layout: Layout = Field("rows", description="whose layout the folder has; rows: files of rows")
     rates: Annotated[list[Rate], BeforeValidator(_as_floats), Field(min_length=1)] = Field(
         default=list(RATES), description="pruning rates; 0 is always evaluated as well, except on a server"
+    )
+    methods: Annotated[list[str | dict[str, Any]], Field(min_length=1)] | None = Field(
+        None, description="pruners to compare, as evs.method names them; default: the one that each export trained with"
     )
     out: str | None = Field(None, description="folder of the results; default: eval in the run's folder, or eval/NAME")
     tolerance: Annotated[Number, Field(ge=0, le=1)] = Field(
@@ -105,6 +109,13 @@ class EvalOptions(Section):
                     "rates: a server prunes at the one rate that it was started with: say it, as in rates=[0.75]; "
                     "evaluations of one rate after the other join in the same out"
                 )
+            if self.methods:
+                raise ValueError("methods: a server prunes in its own way")
+        for method in self.methods or ():
+            try:
+                method_name(method, "methods")
+            except RecipeError as error:
+                raise ValueError(str(error)) from error
         if self.layout != "rows" and len(self.data) > 1:
             raise ValueError(f"data: {self.layout} is one folder")
         return self
@@ -118,6 +129,11 @@ class EvalOptions(Section):
     def all_rates(self) -> list[float]:
         """The rates with 0, to which they are compared; of a server the one it serves."""
         return self.rates if self.server else sorted({0.0, *self.rates})
+
+    @property
+    def sides(self) -> list[tuple[str, Method | None]]:
+        """What is compared: each model with each method. The first one is what the others are compared with."""
+        return [(model, method) for model in self.model for method in self.methods or (None,)]
 
     @property
     def sampled(self) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from evs_train.evaluate.report import RESULTS_FILE
 from evs_train.evaluate.server import ServerModel
 from evs_train.evaluate.summary import summarise
 from evs_train.generation import PrunedModel, settings_of
+from evs_train.pruners import Method, method_name
 from evs_train.redaction import redact
 
 _PACKAGES = ("evs-train", "torch", "transformers", "decord2", "av", "numpy")
@@ -85,7 +86,7 @@ def evaluate(options: EvalOptions, watch: Watch = lambda done, total: None) -> d
         file, new = RecordFile(folder, rank), list[Record]()
         todo = [
             (place, question, missing)
-            for place in range(len(options.model))
+            for place in range(len(options.sides))
             for question in mine
             if (missing := [rate for rate in options.all_rates if (place, question.id, rate) not in done])
         ]
@@ -140,6 +141,8 @@ def _settings(options: EvalOptions, questions: Sequence[Question]) -> dict[str, 
     }
     if options.server:
         return shared | {"models": ["server"], "request": options.request}
+    if options.methods:
+        shared["methods"] = options.methods
     sampled = [_sampled(model, options) for model in options.model]
     for model, one in zip(options.model, sampled, strict=True):
         if one != sampled[0]:
@@ -168,8 +171,10 @@ def _load(place: int, options: EvalOptions) -> Answers:
     device = options.device
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    checkpoint, method = options.sides[place]
     model = PrunedModel.load(
-        options.model[place],
+        checkpoint,
+        method=method,
         dtype=options.dtype,
         device=device,
         positions=options.positions,
@@ -193,7 +198,7 @@ def _written(
     folder: Path, options: EvalOptions, questions: Sequence[Question], records: list[Record], skipped: Skipped
 ) -> dict[str, Any]:
     asked = [question for question in questions if question.id not in skipped]
-    names = [name_of_model(model) for model in options.model]
+    names = [name_of_side(model, method) for model, method in options.sides]
     kept = [one for one in records if one.question not in skipped]
     results: dict[str, Any] = {
         "version": 1,
@@ -211,8 +216,8 @@ def _written(
         **summarise(kept, len(asked), names, options),
         "skipped": skipped,
     }
-    for path, found in zip(options.model, results["models"], strict=True):
-        found |= {"path": path, "run": None if options.server else run_of_export(path)}
+    for (path, method), found in zip(options.sides, results["models"], strict=True):
+        found |= {"path": path, "method": method, "run": None if options.server else run_of_export(path)}
     results = redact(results)
     staged = folder / f"{RESULTS_FILE}.partial"
     staged.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -223,6 +228,15 @@ def _written(
 def name_of_model(model: str) -> str:
     """What a model is called in tables: the last two parts of its path, which tell runs apart, or its address."""
     return model if "://" in model else "/".join(Path(model).parts[-2:])
+
+
+def name_of_side(model: str, method: Method | None) -> str:
+    """What one side of a comparison is called: its model, and its method where one is named."""
+    if method is None:
+        return name_of_model(model)
+    options = {} if isinstance(method, str) else {key: value for key, value in method.items() if key != "kind"}
+    said = "".join(f" {key}={value}" for key, value in options.items())
+    return f"{name_of_model(model)}, {method_name(method)}{said}"
 
 
 def _environment(options: EvalOptions) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a checkpoint keeps of one video: its choice at each rate, and the scores that lead to it.
 
 Invariant: nothing is chosen here. The video goes through the family's processor and encoder as in `PrunedModel`, the
-tensor that decides is `EvsHook.scored`, and choice and scores are `evs.select_tokens` and `evs.dissimilarity` of it.
+tensor that decides is `EvsHook.scored`, the choice is the pruner's, and the scores are `evs.dissimilarity` of the same
+tensor, whichever pruner it is.
 Cost: the vision tower and projector over the sampled frames, once for all rates; the clip as sampled stays in memory.
 Of the language model one layer and the embeddings are loaded, and nothing runs.
 Not here: drawing.
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 
 from evs_train import evs
 from evs_train.checkpoint import EXPORT_RECORD
+from evs_train.collate import seed_of
 from evs_train.data.chat import build_prompt
 from evs_train.data.manifest import Sample
 from evs_train.data.sources import Source, name_of
@@ -30,6 +32,7 @@ from evs_train.generation import PrunedModel
 from evs_train.inspection.options import DTYPES, Dtype, InspectOptions
 from evs_train.models.loading import load_config
 from evs_train.prune import EvsHook, to_device
+from evs_train.pruners.base import Video
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Observation:
         clip: the sampled frames.
         frames_per_unit: frames in one unit; the last one may have fewer.
         rates: R pruning rates.
-        kept: (R, T, h, w) bool, where a token is kept.
+        kept: (R, T, h, w) bool, where a token is kept and seen.
         scores: (T, h, w) float32, the dissimilarity of each token; unit 0 holds `evs.FIRST_UNIT_SCORE`.
         scored_as: by which tensor and in which dtype, in words.
     """
@@ -82,6 +85,7 @@ def load(options: InspectOptions) -> PrunedModel:
         return PrunedModel.load(
             options.checkpoint,
             dtype=options.dtype or own_dtype(options),
+            method=options.method,
             data=options.data,
             encoder_only=True,
             **options.model,
@@ -124,7 +128,10 @@ def observe(model: PrunedModel, source: Source, rates: Sequence[float]) -> Obser
     clip = read_video(source, model.sampling, decoding=model.decoding)
     turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Describe the video."}]}
     sample = Sample("inspect", name_of(source), (turn,), (source,), ())
-    prompt = build_prompt(sample, [clip], [], model.family, template_kwargs=model.template_kwargs)
+    needs_changes = model.pruner.needs_changes
+    prompt = build_prompt(
+        sample, [clip], [], model.family, template_kwargs=model.template_kwargs, measure_changes=needs_changes
+    )
     (item,) = prompt.items
     media = to_device(model.family.merge_media([prompt.media]), model.model.device)
     (features,) = model.family.encode(model.model, media, "video")
@@ -132,8 +139,10 @@ def observe(model: PrunedModel, source: Source, rates: Sequence[float]) -> Obser
     scored = hook.scored(item, features)  # (T, N, D)
     grid = (item.num_units, item.height, item.width)
     kept = np.zeros((len(rates), item.num_tokens), dtype=np.bool_)
+    change = prompt.changes[0].to(scored.device) if needs_changes else None
+    video = Video(scored, seed_of(0, prompt.sample_id, 0), change)
     for of_rate, rate in zip(kept, rates, strict=True):
-        of_rate[evs.select_tokens(scored, rate).cpu().numpy()] = True
+        of_rate[model.pruner.choose(video, rate).visible.cpu().numpy()] = True
     score = "engine" if model.engine_score else "embeds"
     return Observation(
         clip=clip,

@@ -25,7 +25,7 @@ DATA_KEYS = (
 MODEL_KEYS = ("revision", "trust_remote_code", "attn_implementation")
 """Keys of a recipe's `model` section beside `path` and `dtype`."""
 REQUIRED = ("model",)
-OPTIONAL = ("rate", "out", "dtype", *DATA_KEYS, *MODEL_KEYS)
+OPTIONAL = ("rate", "method", "out", "dtype", *DATA_KEYS, *MODEL_KEYS)
 Dtype = Literal["bfloat16", "float32"]
 DTYPES: dict[str, Dtype] = {"bfloat16": "bfloat16", "float32": "float32"}
 SUFFIXES = (".png", ".html", ".mp4")
@@ -41,6 +41,7 @@ class InspectOptions:
         rates: pruning rates in the order in which they are shown, or None for the checkpoint's own.
         out: the picture, page or film to write.
         dtype: of weights and scores; None: the checkpoint's own.
+        method: which pruner; None: the one the checkpoint was trained with.
         data, model: keys of a recipe's `data` and `model` sections.
     """
 
@@ -49,6 +50,7 @@ class InspectOptions:
     rates: tuple[float, ...] | None
     out: Path
     dtype: Dtype | None
+    method: str | dict[str, Any] | None
     data: dict[str, Any]
     model: dict[str, Any]
 
@@ -79,6 +81,7 @@ def read_options(videos: Sequence[str], arguments: Mapping[str, str]) -> Inspect
         _rates(arguments["rate"]) if "rate" in arguments else None,
         _writable(Path(arguments["out"] if "out" in arguments else f"{Path(video).resolve().stem}_kept.png")),
         DTYPES[arguments["dtype"]] if "dtype" in arguments else None,
+        parse_value("method", arguments["method"]) if "method" in arguments else None,
         data,
         {key: parse_value(key, arguments[key]) for key in MODEL_KEYS if key in arguments},
     )

@@ -50,7 +50,7 @@ def test_kept_is_what_the_whole_model_keeps(
     compact = prune.compact
 
     def spy(batch: Any, selected: Any, pad_token_id: int) -> Any:
-        chosen.extend(selected)
+        chosen.extend(choice.index for choice in selected)
         return compact(batch, selected, pad_token_id)
 
     monkeypatch.setattr(prune, "compact", spy)

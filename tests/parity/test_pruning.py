@@ -12,6 +12,7 @@ from torch import Tensor
 from evs_train.evs import select_tokens
 from evs_train.models import FAMILIES
 from evs_train.prune import EvsHook, compact
+from evs_train.pruners.base import Choice
 from tests.parity.conftest import fresh
 from tests.parity.rig import (
     SCORED_WITH_DEEPSTACK,
@@ -204,7 +205,7 @@ def test_float32_scores_are_an_option(
     ).cumsum(0)
     features = [drifting.to(torch.bfloat16).flatten(0, 1)]
     chosen = {
-        upcast: EvsHook(rig.family, rig.model, float32_score=upcast)._select(planned, features)
+        upcast: EvsHook(rig.family, rig.model, float32_score=upcast)._choose(planned, features).index
         for upcast in (False, True)
     }
     shaped = features[0].view(item.num_units, item.tokens_per_unit, -1)
@@ -221,7 +222,9 @@ def test_scores_of_the_embeddings_alone_are_an_option(rig: Rig) -> None:
     chosen: dict[bool, list[Tensor]] = {}
     for engine in (True, False):
         hook = EvsHook(rig.family, rig.model, engine_score=engine)
-        chosen[engine] = [hook._select(p, features) for p, features in zip(batch["plan"].videos, encoded, strict=True)]
+        chosen[engine] = [
+            hook._choose(p, features).index for p, features in zip(batch["plan"].videos, encoded, strict=True)
+        ]
     for planned, (pooled, *_), found in zip(batch["plan"].videos, encoded, chosen[False], strict=True):
         shaped = pooled.view(planned.item.num_units, planned.item.tokens_per_unit, -1)
         assert found.tolist() == slow_retained(shaped, planned.pruning_rate)
@@ -264,7 +267,7 @@ def test_bfloat16_chooses_in_bfloat16(
 def test_compaction_moves_everything_by_one_index(qwen: Rig) -> None:
     batch = qwen.batch(("two",), 0.75)
     marks = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
-    chosen: list[Tensor] = [torch.arange(planned.num_retained) for planned in batch["plan"].videos]
+    chosen = [Choice(torch.arange(planned.num_retained)) for planned in batch["plan"].videos]
     moved = compact({**batch, "labels": marks, "position_ids": marks.expand(3, -1, -1)}, chosen, pad_token_id=0)
     source = moved["labels"][0]
     assert bool((source[1:] > source[:-1]).all())
