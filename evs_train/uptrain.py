@@ -104,8 +104,10 @@ class Run(Inputs):
         record = self._record()
         checkpoint = checkpoint_to_resume(self.checkpoints, record, auto=resume == "auto") if resume else None
         if args.world_size > 1:
-            plan = f"{len(self.samples)} rows, {self.schedule.num_steps} steps of {self.schedule.describe()}"
-            agree_on(plan)  # behind it, the first process may change what the others have read
+            rows = f"{len(self.samples)} rows (fingerprint {record['data_fingerprint'][:16]})"
+            agree_on(
+                f"{rows}, {self.schedule.num_steps} steps of {self.schedule.describe()}"
+            )  # behind it, the first process may change what the others have read
         trainer = self.build_trainer(args)
         self._require_space(trainer, checkpoint)
         if trainer.pop_callback(ProgressCallback):

@@ -51,6 +51,17 @@ def share(rank: int, notes: str, looks: bool) -> None:
     distributed.barrier()
 
 
+def read(rank: int, notes: str, words: list[str]) -> None:
+    """Train, each process on rows of its own, NOTES/rowsRANK.jsonl."""
+    said = "trained"
+    try:
+        watch([*words, f"data.rows={notes}/rows{rank}.jsonl"], Path(notes) / "seen")
+    except EvsTrainError as error:
+        said = error.message
+    say(notes, rank, said)
+    distributed.barrier()
+
+
 def plan(rank: int, notes: str, words: list[str], agrees: bool) -> None:
     """Train by plans that differ; what is read goes to NOTES/seen. `agrees`: or finds out, as it is."""
     if not agrees:

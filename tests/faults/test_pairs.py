@@ -55,14 +55,25 @@ def test_a_folder_that_is_not_shared(looks: bool, said: Callable[..., list[str]]
 @pytest.mark.parametrize("agrees", [True, False], ids=["agree", "without agreeing"])
 def test_plans_that_differ(agrees: bool, words: list[str], said: Callable[..., list[str]], tmp_path: Path) -> None:
     """Both are told of both. Otherwise they train, and some draws are read by both, in the place of others."""
-    planned = "the processes planned different runs: process 0: 21 rows, 1 steps of "
+    planned = "the processes planned different runs: process 0: 21 rows (fingerprint "
     with failing("trained", not agrees):
         for one in said("plan", words=words, agrees=agrees):
             assert one.startswith(planned)
             assert f"micro-batches of {BUDGET} tokens" in one
-            assert f"; process 1: 21 rows, 1 steps of 2 padded micro-batches of {BUDGET + FURTHER} tokens" in one
+            assert "; process 1: 21 rows (fingerprint " in one
+            assert f"), 1 steps of 2 padded micro-batches of {BUDGET + FURTHER} tokens" in one
     draws = [line["draw"] for line in seen_in(tmp_path / "seen")]
     assert (len(draws) > len(set(draws))) is not agrees
+
+
+def test_rows_that_differ(words: list[str], said: Callable[..., list[str]], world: Path, tmp_path: Path) -> None:
+    """As many rows on both, but not the same ones."""
+    text = world.read_text(encoding="utf-8")
+    for rank, of_rank in enumerate((text, text.replace("circle", "disc"))):
+        (tmp_path / f"rows{rank}.jsonl").write_text(of_rank, encoding="utf-8")
+    one, other = said("read", words=[*words, f"data.media_root={world.parent}"])
+    assert one == other
+    assert one.startswith("the processes planned different runs: process 0: 21 rows (fingerprint ")
 
 
 @pytest.mark.parametrize("without", [None, "ignoring", "waiting"])
