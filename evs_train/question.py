@@ -147,7 +147,7 @@ def attention_paid(queries: Tensor, keys: Tensor, asked: Asked) -> Tensor:
         keys: (L, fewer heads, head_dim), not rotated; each serves as many neighbouring heads.
     """
     asking, heads = queries[asked.question].float(), queries.shape[1] // keys.shape[1]
-    keys = keys[: asked.length].float().repeat_interleave(heads, dim=1)
+    keys = keys.float().repeat_interleave(heads, dim=1)
     products = torch.einsum("qhd,khd->hqk", asking, keys) * queries.shape[-1] ** -0.5
     paid: Tensor = products.softmax(-1).amax((0, 1))  # (L,)
     return paid[asked.video]
