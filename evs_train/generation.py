@@ -162,11 +162,11 @@ class PrunedModel:
     @contextlib.contextmanager
     def prepared(self, prompt: Example, pruning_rate: float, encoded: Encoded) -> Iterator[dict[str, Any]]:
         """`inputs`, for a call of the model or its `generate`; within, it also drops what the pruner selects in it."""
-        pruned, is_video = self._pruned([prompt], pruning_rate, encoded)
         selection, videos = self.selection(pruning_rate), [item.kind == "video" for item in prompt.items]
         if selection is None or not any(videos):
-            yield pruned
+            yield self.inputs_of_rows([prompt], pruning_rate, encoded)
             return
+        pruned, is_video = self._pruned([prompt], pruning_rate, encoded)
         ids, length = pruned["input_ids"][0], pruned["input_ids"].shape[1]
         last = max(int(span[-1]) for span, is_one in zip(prompt.spans, videos, strict=True) if is_one)
         behind = torch.arange(length, device=ids.device) >= length - (len(prompt.input_ids) - 1 - last)

@@ -47,11 +47,17 @@ def model(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
     return loaded(str(request.param), tiny_checkpoint)
 
 
+def layer_of(family: str) -> int:
+    """Behind which of the three layers tokens are dropped: the first, or the second, up to which deepstack adds."""
+    return int(family.startswith("qwen3"))
+
+
 def loaded(family: str, tiny_checkpoint: Callable[[str], Path]) -> PrunedModel:
     """Its weights are large enough for attention to tell tokens apart."""
     if family not in _LOADED:
         path = tiny_checkpoint(family)
-        model = PrunedModel.load(path, dtype="float32", device="cpu", data={"fps": 8.0}, method=method(ALPHA))
+        spec = method(ALPHA, f"{layer_of(family)}/3")
+        model = PrunedModel.load(path, dtype="float32", device="cpu", data={"fps": 8.0}, method=spec)
         with torch.no_grad():
             for layer in model.model.get_decoder().layers:
                 layer.self_attn.q_proj.weight *= 8
@@ -95,7 +101,7 @@ def places_of_video(model: PrunedModel, prompt: Example) -> tuple[list[int], lis
 def slow_kept(model: PrunedModel, prompt: Example) -> list[int]:
     """Places that go on, one head and one token of the question after the other, in double precision."""
     inputs, (video, question) = model.inputs(prompt, RATE), places_of_video(model, prompt)
-    attention = model.model.get_decoder().layers[1].self_attn
+    attention = model.model.get_decoder().layers[layer_of(model.family.model_type)].self_attn
     seen: list[Tensor] = []
     handle = attention.register_forward_pre_hook(
         lambda m, a, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
@@ -120,7 +126,7 @@ def slow_kept(model: PrunedModel, prompt: Example) -> list[int]:
 
 
 def masked(model: PrunedModel, prompt: Example, kept: Sequence[int], more: Sequence[int] = ()) -> Tensor:
-    """(S, V) logits of a plain forward in which the third layer, and tokens behind the prompt, see `kept` only."""
+    """(S, V) logits of a plain forward in which later layers, and tokens behind the prompt, see `kept` only."""
     inputs = dict(model.inputs(prompt, RATE))
     length, count = inputs["input_ids"].shape[1], len(more)
     if more:
@@ -134,7 +140,7 @@ def masked(model: PrunedModel, prompt: Example, kept: Sequence[int], more: Seque
     late = early.clone()
     late[:, dropped] = False
     late.fill_diagonal_(True)  # what is dropped sees itself; nothing sees it
-    masks = [early, early, late]
+    masks = [early] * (layer_of(model.family.model_type) + 1) + [late, late]
 
     def put(number: int) -> Any:
         return lambda m, args, kwargs: (args, {**kwargs, "attention_mask": masks[number][None, None]})
