@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +35,7 @@ from evs_train.data.sampling import FrameSampling
 from evs_train.data.video import read_video
 from evs_train.evs import select_tokens
 from evs_train.pruners.base import Video
-from evs_train.pruners.prunevid import PruneVid
+from evs_train.pruners.prunevid import PruneVid, contiguous
 
 BETA, ALPHA, LAYER, DEPTH = 0.5, 0.4, 10, 32
 """Published: clusters to tokens, what part two keeps, and the zero-based layer behind which it does so, of so many."""
@@ -117,9 +118,27 @@ def layers_before(layers: int) -> int:
 
 def published_segments(embeds: Tensor) -> Tensor:
     """(T,) as `PruneVid.segments`, by the paper's rule."""
-    labels = repaired(PRUNER.scattered(embeds).tolist())
-    lengths = torch.tensor([len(list(run)) for _, run in groupby(labels)])
-    return torch.arange(len(lengths)).repeat_interleave(lengths)
+    return torch.tensor(runs_of(repaired(PRUNER.scattered(embeds).tolist())))
+
+
+def runs_of(labels: Sequence[int]) -> list[int]:
+    """For each label the number of its run."""
+    return [number for number, (_, run) in enumerate(groupby(labels)) for _ in run]
+
+
+def same_segments(scattered: float, trials: int = 2000) -> float:
+    """Share of made-up clusterings of 32 units for which our rule and the paper's give the same segments.
+
+    A scene lasts five units on average, and each unit is in another cluster than its scene's with this probability.
+    """
+    draw, same = random.Random(0), 0
+    for _ in range(trials):
+        labels, scene = list[int](), 0
+        for _ in range(32):
+            scene = draw.randrange(8) if draw.random() < 0.2 else scene
+            labels.append(draw.randrange(8) if draw.random() < scattered else scene)
+        same += runs_of(repaired(labels)) == contiguous(torch.tensor(labels)).tolist()
+    return same / trials
 
 
 def repaired(labels: list[int]) -> list[int]:
@@ -244,6 +263,7 @@ def main() -> None:
         "environment": environment(["torch", "transformers"]),
         "settings": {**asdict(PRUNER), "beta": BETA, "alpha": ALPHA, "layer": f"{LAYER}/{DEPTH}"},
         "table": [measured(model, arguments.videos) for model in MODELS],
+        "same_segments": {f"{share:g}": round(same_segments(share), 3) for share in (0.0, 0.05, 0.1, 0.2, 0.4)},
         "seconds": seconds_of_a_choice(),
     }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -14,8 +14,9 @@ This is no serving engine: there is no batching across requests, and no paged ca
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from evs_train.data.chat import Example, Kind, Media, build_prompt
 from evs_train.data.decoding import Decoding
 from evs_train.data.manifest import read_prompt
 from evs_train.data.sampling import FrameSampling
+from evs_train.data.template import IGNORE_INDEX
 from evs_train.data.video import decoding_options, frame_sampling, read_image, read_video
 from evs_train.data_config import DataSection
 from evs_train.errors import RecipeError
@@ -40,8 +42,9 @@ from evs_train.models.base import Family, Features
 from evs_train.models.loading import load_encoder, load_family, load_weights
 from evs_train.prune import KINDS, EvsHook, to_device
 from evs_train.pruners import Method, build_pruner, method_name
-from evs_train.pruners.base import Pruner
+from evs_train.pruners.base import Pruner, Selection
 from evs_train.pruners.evs import EVS
+from evs_train.question import Asked, check_selection, selecting
 from evs_train.rates import Rates
 from evs_train.recipe import parse_recipe
 from evs_train.samplers import build_sampler
@@ -108,6 +111,8 @@ class PrunedModel:
         family = load_family(section, options, positions or evs.positions)
         pruner = build_pruner(method or evs.method)
         check_pruner(pruner, family, section.attn_implementation)
+        if pruner.selection is not None:
+            check_selection(pruner.selection, family)
         says_rate = family.config.to_dict()
         if method_name(evs.method) != "evs":  # it is an export, whose config.json speaks to engines, of EVS alone
             says_rate = json.loads((Path(checkpoint) / EXPORT_RECORD).read_text(encoding="utf-8"))
@@ -165,7 +170,27 @@ class PrunedModel:
             for kind in KINDS
         }
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def prepared(self, prompt: Example, pruning_rate: float, encoded: Encoded) -> Iterator[dict[str, Any]]:
+        """`inputs`, for a call of the model or its `generate`; within, it also drops what the pruner selects in it."""
+        selection, videos = self.selection(pruning_rate), [item.kind == "video" for item in prompt.items]
+        if selection is None or not any(videos):
+            yield self.inputs_of_rows([prompt], pruning_rate, encoded)
+            return
+        pruned, is_video = self._pruned([prompt], pruning_rate, encoded)
+        ids, length = pruned["input_ids"][0], pruned["input_ids"].shape[1]
+        last = max(int(span[-1]) for span, is_one in zip(prompt.spans, videos, strict=True) if is_one)
+        behind = torch.arange(length, device=ids.device) >= length - (len(prompt.input_ids) - 1 - last)
+        placeholders = prompt.input_ids[torch.cat(prompt.spans)].to(ids.device)
+        is_text = ~torch.isin(ids, placeholders)  # a newline behind the video has its placeholder
+        asked = Asked(is_video[0].nonzero()[:, 0], (behind & is_text).nonzero()[:, 0], length)
+        with selecting(self.model, selection, asked):
+            yield pruned
+
+    def selection(self, pruning_rate: float) -> Selection | None:
+        """What is dropped inside the language model at a rate: at 0 nothing, since that is dense."""
+        return self.pruner.selection if pruning_rate > 0 else None
+
     def inputs_of_rows(self, rows: Sequence[Example], pruning_rate: float, encoded: Encoded) -> dict[str, Any]:
         """Arguments of the model's forward for rows that show the same media, padded on the right, pruned alike.
 
@@ -174,6 +199,11 @@ class PrunedModel:
             pruning_rate: 0 <= rate < 1, not capped.
             encoded: of `encode`; each row gets it.
         """
+        return self._pruned(rows, pruning_rate, encoded)[0]
+
+    @torch.no_grad()
+    def _pruned(self, rows: Sequence[Example], pruning_rate: float, encoded: Encoded) -> tuple[dict[str, Any], Tensor]:
+        """Arguments of the forward, and where its rows have video tokens (B, K) bool."""
         collator = Collator(
             rates=Rates(build_sampler(pruning_rate), cap=False),
             pad_token_id=self.family.pad_token_id,
@@ -189,9 +219,11 @@ class PrunedModel:
             float32_score=self.float32_score,
         )
         hook.encoded = {kind: features * len(rows) for kind, features in encoded.items()}
-        pruned = hook.prune(to_device(collator([Examples(0, list(rows))]), self.model.device))
-        del pruned["labels"]
-        return pruned
+        batch = to_device(collator([Examples(0, list(rows))]), self.model.device)
+        labels = batch["labels"].flatten().fill_(IGNORE_INDEX)  # they go where their tokens go, and are not looked at
+        batch["labels"] = labels.index_fill(0, batch["index"]["video"], 1).view_as(batch["labels"])
+        pruned = hook.prune(batch)
+        return pruned, pruned.pop("labels") == 1
 
     @torch.no_grad()
     def generate(self, prompt: Example, pruning_rate: float, encoded: Encoded | None = None, **options: Any) -> Tensor:
@@ -209,8 +241,8 @@ class PrunedModel:
         Raises:
             RecipeError: the rate is out of range.
         """
-        pruned = self.inputs_of_rows([prompt], pruning_rate, encoded or self.encode(prompt))
-        out = self.model.generate(**pruned, **{"do_sample": False, "use_cache": True, **options})
+        with self.prepared(prompt, pruning_rate, encoded or self.encode(prompt)) as pruned:
+            out = self.model.generate(**pruned, **{"do_sample": False, "use_cache": True, **options})
         new: Tensor = out[0, pruned["input_ids"].shape[1] :]
         return new
 

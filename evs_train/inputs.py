@@ -75,6 +75,11 @@ class Inputs:
         self.sampler = samplers.build_sampler(recipe.evs.rate)
         self.rates = Rates(self.sampler, recipe.seed, recipe.evs.scope == "sample", recipe.evs.cap)
         self.pruner = build_pruner(recipe.evs.method)
+        if self.pruner.selection is not None:
+            raise RecipeError(
+                "evs.method.alpha: what is dropped inside the language model cannot be trained with",
+                "leave alpha out; evs-train eval methods=[...] takes it",
+            )
         check_pruner(self.pruner, self.family, recipe.model.attn_implementation)
         if self.pruner.needs_changes and recipe.data.cache_features is not None:
             raise RecipeError(

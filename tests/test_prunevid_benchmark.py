@@ -18,6 +18,7 @@ from benchmarks.prunevid import (
     measured,
     pixels,
     repaired,
+    same_segments,
     static_share,
     tower,
 )
@@ -76,6 +77,11 @@ def test_the_published_ratio_needs_few_static_places() -> None:
 )
 def test_published_segments(labels: str, segments: str) -> None:
     assert repaired([ord(label) for label in labels]) == [ord(label) for label in segments]
+
+
+def test_our_segments_are_the_published_ones_unless_gaps_meet() -> None:
+    assert same_segments(0.0, 50) > 0.9
+    assert same_segments(0.1, 50) > 0.8
 
 
 def test_features_follow_the_content() -> None:

@@ -40,13 +40,16 @@ def rows_of_table(model: dict[str, Any]) -> Iterator[list[str]]:
         prefill = point.get("prefill", {})
         peak = prefill.get("peak_bytes")
         share = point["retained_share"]
+        tokens = f"{share:.0%}" if share is not None else "-"
+        if "selected_share" in point:
+            tokens += f", then {point['selected_share']:.0%}"
         mark = " *" if point["first_unit_only"] else ""
         yield [
             f"{point['rate']:g}{mark}",
             interval(point["accuracy"]),
             interval(point["difference"], signed=True) if "difference" in point else "-",
             point.get("tolerance", "-"),
-            f"{share:.0%}" if share is not None else "-",
+            tokens,
             f"{prefill['of_dense']:.0%}" if prefill else "-",
             f"{peak / 2**30:.1f} GiB" if peak else "-",
         ]

@@ -179,6 +179,7 @@ def token_counts(prompt: Example, rate: float, pruner: Pruner = EVS) -> dict[str
     return {
         "video_tokens": before,
         "retained": sum(kept),
+        "selected": pruner.selection.num_selected(sum(kept)) if pruner.selection and rate > 0 else None,
         "tokens": len(prompt.input_ids) - before + sum(kept),
         "first_unit_only": any(
             item.num_units > 1 and count == item.tokens_per_unit for item, count in zip(videos, kept, strict=True)
@@ -203,8 +204,8 @@ def prefill_costs(model: PrunedModel, prompt: Example, encoded: Encoded, rates: 
 
     @torch.no_grad()
     def prefill(rate: float) -> None:
-        inputs = model.inputs_of_rows([prompt], rate, encoded)
-        model.model(**inputs, use_cache=True, logits_to_keep=1)
+        with model.prepared(prompt, rate, encoded) as inputs:
+            model.model(**inputs, use_cache=True, logits_to_keep=1)
 
     costs: dict[float, list[Cost]] = {rate: [] for rate in rates}
     for turn in range(ROUNDS + 1):

@@ -37,6 +37,7 @@ class Record:
         scores: log-likelihood of each choice; empty for generated answers.
         exact, contains: whether a free answer is right either way; None for choices.
         video_tokens, retained: of all its videos, before and after pruning.
+        selected: of the retained ones, those that the language model does not drop; None where it drops none.
         tokens: of the pruned prompt.
         first_unit_only: of some video with several units only the first is left, so nothing that moves can be seen.
         prefill_seconds, dense_seconds, encode_seconds: medians, measured in turns on some questions; None on others.
@@ -56,6 +57,7 @@ class Record:
     contains: bool | None = None
     video_tokens: int | None = None
     retained: int | None = None
+    selected: int | None = None
     tokens: int | None = None
     first_unit_only: bool = False
     prefill_seconds: float | None = None

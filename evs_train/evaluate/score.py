@@ -65,6 +65,8 @@ def log_likelihoods(
         choices: token ids of each, all different.
     """
     shared = _shared(choices)
+    if model.selection(pruning_rate) is not None:
+        return _behind_the_prompt(model, prompt, encoded, pruning_rate, choices, num_shared=len(shared))
     rests = [list(choice[len(shared) :]) for choice in choices]
     longest = max(map(len, rests))
     if all(len(rest) == 1 for rest in rests):
@@ -73,6 +75,41 @@ def log_likelihoods(
     rows = [extended(prompt, [*shared, *rest[:-1]]) for rest in rests]
     logits = last_logits(model, rows, encoded, pruning_rate, longest)  # (choices, longest, V)
     return [float(sum(logits[row, place, token] for place, token in enumerate(rest))) for row, rest in enumerate(rests)]
+
+
+@torch.no_grad()
+def _behind_the_prompt(
+    model: PrunedModel,
+    prompt: Example,
+    encoded: Encoded,
+    pruning_rate: float,
+    choices: Sequence[Sequence[int]],
+    *,
+    num_shared: int,
+) -> list[float]:
+    """`log_likelihoods` from the cache of the prompt, whose video tokens the model has selected, as in generation."""
+    with model.prepared(prompt, pruning_rate, encoded) as pruned:
+        out = model.model(**pruned, use_cache=True, logits_to_keep=1)
+    logits = out.logits[:, -1:].expand(len(choices), -1, -1)  # not every forward looks at logits_to_keep
+    longest = max(map(len, choices)) - 1
+    if longest:
+        ids = [[*choice[:-1], *[0] * (longest + 1 - len(choice))] for choice in choices]  # nothing sees what is behind
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(len(choices))
+        positions = pruned["position_ids"][..., -1:] + torch.arange(1, longest + 1, device=logits.device)
+        more = model.model(
+            input_ids=torch.tensor(ids, device=logits.device),
+            position_ids=positions.expand(*positions.shape[:-2], len(choices), -1),
+            attention_mask=logits.new_ones((len(choices), cache.get_seq_length() + longest), dtype=torch.int64),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = torch.cat([logits, more.logits], dim=1)
+    found = logits.float().log_softmax(-1).cpu()  # (choices, longest + 1, V)
+    return [
+        float(sum(found[row, place, token] for place, token in enumerate(choice) if place >= num_shared))
+        for row, choice in enumerate(choices)
+    ]
 
 
 @torch.no_grad()

@@ -135,11 +135,13 @@ def _answers(records: Sequence[Record]) -> dict[str, Any]:
 def _tokens(records: Sequence[Record]) -> dict[str, Any]:
     known = [one for one in records if one.video_tokens is not None]
     before, after = sum(one.video_tokens or 0 for one in known), sum(one.retained or 0 for one in known)
+    selected = [one.selected for one in known if one.selected is not None]
     proofs = [one.proof for one in records if one.proof is not None]
     return {
         "video_tokens": before,
         "retained_tokens": after,
         "retained_share": after / before if before else None,
+        **({"selected_tokens": sum(selected), "selected_share": sum(selected) / before} if selected and before else {}),
         "prompt_tokens": statistics.fmean(counts) if (counts := [o.tokens for o in records if o.tokens]) else None,
         "first_unit_only": sum(one.first_unit_only for one in known) / len(known) if known else None,
         **({"proof": {name: proofs.count(name) for name in sorted(set(proofs))}} if proofs else {}),

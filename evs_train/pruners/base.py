@@ -7,6 +7,7 @@ This module does not know batches or models; `prune.py` moves what is chosen.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -74,6 +75,26 @@ class Choice:
         return (sums / counts[:, None])[:-1].to(rows.dtype)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Of the video tokens that stay, what goes on behind a layer of the language model (`question.py`).
+
+    Attributes:
+        share: of those tokens, above 0 and at most 1.
+        depth: of the layer, as a share of all layers.
+    """
+
+    share: float
+    depth: float
+
+    def num_selected(self, num_retained: int) -> int:
+        return math.ceil(self.share * num_retained - 1e-9)  # 0.1 of 30 is 3
+
+    def layer(self, num_layers: int) -> int:
+        """Its number, counted from 0."""
+        return int(self.depth * num_layers + 1e-9)
+
+
 class Pruner(ABC):
     """One way to prune a video. A subclass is a frozen dataclass: its fields are the recipe's options.
 
@@ -95,6 +116,11 @@ class Pruner(ABC):
         Args, Raises: as `evs.retained_tokens`.
         """
         return evs.retained_tokens(num_units, tokens_per_unit, pruning_rate)
+
+    @property
+    def selection(self) -> Selection | None:
+        """What the language model itself drops of what stays, at rates above 0. It cannot be trained."""
+        return None
 
     @abstractmethod
     def choose(self, video: Video, pruning_rate: float) -> Choice:

@@ -16,6 +16,8 @@ Published is a ratio of clusters (.5) whatever the video; here exactly as many t
   of the runs beside it. As published, but for lengths: there, what an earlier gap has joined counts as well.
 - Of equal tokens the earlier wins, where published noise decides. Groups of any size are clustered, published: over 14.
 
+With `alpha` the published part two follows inside the language model, see `question.py`; for evaluation alone.
+
 A merged token stands at the place of its cluster's centre, one of static tokens in the segment's first unit.
 
 Invariant: as of every pruner; distances in float32 whatever the dtype. Cost: T*N*N distances of D channels and as many
@@ -26,12 +28,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evs_train.pruners.base import Choice, Pruner, Video, highest
+from evs_train.pruners.base import Choice, Pruner, Selection, Video, highest
 
 AT_ONCE = 2**24
 """Numbers in the largest tensors that a step over parts of a video holds; there are about five at a time."""
@@ -67,6 +70,8 @@ class PruneVid(Pruner):
     tau: float = 0.8
     segment_ratio: float = 0.25
     neighbours: int = 7
+    alpha: float | None = None
+    layer: float | str = "10/32"
 
     def __post_init__(self) -> None:
         if not -1 <= self.tau <= 1:
@@ -75,6 +80,18 @@ class PruneVid(Pruner):
             raise ValueError(f"segment_ratio: must be above 0 and at most 1, got {self.segment_ratio}")
         if self.neighbours < 1:
             raise ValueError(f"neighbours: must be at least 1, got {self.neighbours}")
+        if self.alpha is not None and not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha: must be above 0 and at most 1, got {self.alpha}")
+        try:
+            depth = Fraction(self.layer)
+        except ValueError as error:
+            raise ValueError(f"layer: must be a share of the layers, such as 10/32, got {self.layer!r}") from error
+        if not 0 <= depth < 1:
+            raise ValueError(f"layer: must be a share of the layers, at least 0 and below 1, got {self.layer}")
+
+    @property
+    def selection(self) -> Selection | None:
+        return None if self.alpha is None else Selection(self.alpha, float(Fraction(self.layer)))
 
     @torch.no_grad()
     def choose(self, video: Video, pruning_rate: float) -> Choice:

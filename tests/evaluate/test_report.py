@@ -122,9 +122,12 @@ def test_the_terminal_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"no rate is shown .* 0.5: 4.\d%, 0.8: ", capsys.readouterr().out)
 
 
+RECORD = {"seed": 1, "num_steps": 3, "recipe": {"evs": {}}}
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    (tmp_path / RECORD_FILE).write_text(json.dumps({"seed": 1, "num_steps": 3}))
+    (tmp_path / RECORD_FILE).write_text(json.dumps(RECORD))
     return tmp_path
 
 
@@ -135,7 +138,7 @@ def write_results(folder: Path, recommended: float | None, run: str | None, **ke
 
 
 def test_an_evaluation_recommends_a_rate_for_its_own_run(run_folder: Path, tmp_path: Path) -> None:
-    own = run_identity({"seed": 1, "num_steps": 3, "video_pruning_rate": 0.7})
+    own = run_identity(RECORD | {"video_pruning_rate": 0.7})
     write_results(run_folder / "eval", 0.75, own)
     assert recommended_rate(run_folder) == 0.75
     write_results(tmp_path / "elsewhere", 0.5, own)
@@ -154,14 +157,14 @@ def test_no_rate_is_taken_that_was_not_found_for_this_run(
     run_folder: Path, recommended: Any, run: str | None, message: str
 ) -> None:
     if recommended != "nothing":
-        own = run_identity({"seed": 1, "num_steps": 3})
+        own = run_identity(RECORD)
         write_results(run_folder / "eval", recommended, own if run == "own" else run)
     with pytest.raises(RecipeError, match=message):
         recommended_rate(run_folder)
 
 
 def test_an_evaluation_in_which_nothing_was_right_says_so(run_folder: Path) -> None:
-    write_results(run_folder / "eval", None, run_identity({"seed": 1, "num_steps": 3}))
+    write_results(run_folder / "eval", None, run_identity(RECORD))
     file = run_folder / "eval" / "results.json"
     results = json.loads(file.read_text())
     for point in results["models"][0]["points"]:
