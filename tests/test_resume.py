@@ -54,6 +54,7 @@ CHANGED: dict[str, Any] = {
     "tuning.lora.dropout": 0.1,
     "tuning.lora.parts": ["vision"],
     "tuning.lora.targets": ["q_proj"],
+    "evs.method": "random",
     "evs.rate": 0.5,
     "evs.scope": "sample",
     "evs.cap": False,

@@ -32,8 +32,8 @@ from tests.runs import arguments, recipe_of
 
 
 def options(checkpoint: Path, **changed: Any) -> InspectOptions:
-    settings: dict[str, Any] = {"rates": None, "out": Path("o.png"), "dtype": None, "data": {}, "model": {}}
-    return InspectOptions("clip.mp4", str(checkpoint), **{**settings, **changed})
+    settings: dict[str, Any] = {"rates": None, "out": Path("o.png"), "dtype": None, "method": None}
+    return InspectOptions("clip.mp4", str(checkpoint), **{**settings, "data": {}, "model": {}, **changed})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
