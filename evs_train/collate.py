@@ -113,6 +113,7 @@ class Collator:
     `boundaries` ((B + 1,) int32, where each row begins in the joined sequence, and its length). With `sequential` it
     holds `sequential_ids` (*plan.shape), the pruned batch's positions, instead of `position_ids`. With `further` it
     holds `further`: for each of them a mapping of the `plan`, `index` and `sequential_ids` of another pass.
+    Where the pruner looks at pixels it holds `changes`: (T, N) float32 of each video (`Example.changes`).
     An example that is an error makes the batch `{"error": error, "bad": ...}`, where `bad` has for each row the samples
     that could not be read and the id of the one that it shows instead, or None.
 
@@ -150,6 +151,8 @@ class Collator:
         positions = [row.position_ids for row in rows if row.position_ids is not None]
         if positions and not self.sequential:
             batch["position_ids"] = _pad(positions, length, 0).transpose(0, 1)  # (B, P, L) -> (P, B, L)
+        if self.pruner.needs_changes:
+            batch["changes"] = [change for row in rows for change in row.changes]
         if self.further:
             unseen = [dataclasses.replace(row, frames=()) for row in rows]
             plans = [dataclasses.replace(self, rates=rates).plan(unseen, examples.step) for rates in self.further]

@@ -34,11 +34,16 @@ def retained_tokens(num_units: int, tokens_per_unit: int, pruning_rate: float) -
     Raises:
         ValueError: an argument is out of range.
     """
+    check_arguments(num_units, tokens_per_unit, pruning_rate)
+    return max(tokens_per_unit, int(num_units * tokens_per_unit * (1.0 - pruning_rate)))
+
+
+def check_arguments(num_units: int, tokens_per_unit: int, pruning_rate: float) -> None:
+    """Raise ValueError where these are no video and no rate: see `retained_tokens`."""
     if num_units < 1 or tokens_per_unit < 1:
         raise ValueError(f"a video has at least one unit of one token, got T={num_units}, N={tokens_per_unit}")
     if not 0.0 <= pruning_rate < 1.0:
         raise ValueError(f"pruning_rate must be in [0, 1), got {pruning_rate}")
-    return max(tokens_per_unit, int(num_units * tokens_per_unit * (1.0 - pruning_rate)))
 
 
 def dissimilarity(embeds: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 Everything but weights comes from the base checkpoint unchanged (config.json, tokenizer, processor, templates), with
 `video_pruning_rate` added at the top level of config.json; engines that know the base model then know the export.
+Where tokens were not chosen by EVS the key is left out, or 0, since engines would take it for EVS's.
 
 Invariant: the tensors of the export have the names of the base checkpoint's, or there is no export. It is written
 beside its destination and renamed, so a torn one is never seen. Cost: the model once in memory, on the CPU.
@@ -30,6 +31,7 @@ from evs_train.config import Recipe
 from evs_train.errors import ModelError, RecipeError
 from evs_train.models.base_files import BESIDE_WEIGHTS, base_folder
 from evs_train.models.loading import adapter_of, load_config, load_weights
+from evs_train.pruners import method_name
 from evs_train.recipe import parse_recipe
 from evs_train.redaction import redact
 from evs_train.serving import ServingLine, caveat, launch_lines
@@ -82,9 +84,12 @@ def export_run(run_dir: str | Path, rate: float | None = None, out: str | Path |
         _write_like_base(model, Path(saved), base, staging)
     _copy_files(base, staging)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    _write_json(staging / "config.json", {**config, "video_pruning_rate": rate})
+    method = method_name(recipe.evs.method)
+    if method == "evs" or "video_pruning_rate" in config:  # what an engine reads there it prunes by EVS
+        config["video_pruning_rate"] = rate if method == "evs" else 0.0
+    _write_json(staging / "config.json", config)
     _write_json(staging / EXPORT_RECORD, redact({**record, "video_pruning_rate": rate}))
-    serving = launch_lines(model.config.model_type, str(destination), rate)
+    serving = launch_lines(model.config.model_type, str(destination), rate, method)
     (staging / "README.md").write_text(redact(_model_card(recipe, record, rate, serving)), encoding="utf-8")
     if destination.exists():
         shutil.rmtree(destination)
@@ -205,8 +210,8 @@ tags: [efficient-video-sampling, video-token-pruning]
 
 # {recipe.model.path}, uptrained for Efficient Video Sampling
 
-Uptrained with stochastic video-token pruning ([arXiv 2510.14624](https://arxiv.org/abs/2510.14624)) by evs_train. Its
-`config.json` carries `video_pruning_rate: {rate}`: the share of video tokens that serving should drop.
+Uptrained with stochastic video-token pruning ([arXiv 2510.14624](https://arxiv.org/abs/2510.14624)) by evs_train.
+{_of_config(recipe, rate)}
 
 | | |
 |---|---|
@@ -224,6 +229,15 @@ The whole record is in `{EXPORT_RECORD}`. No accuracy is claimed here: measure i
 {commands}
 ```
 """
+
+
+def _of_config(recipe: Recipe, rate: float) -> str:
+    if method_name(recipe.evs.method) == "evs":
+        return f"`config.json` says `video_pruning_rate: {rate}`: the share of video tokens that serving should drop."
+    return (
+        f"Its tokens were chosen by `evs.method: {json.dumps(recipe.evs.method)}`; rate {rate} is recorded for serving."
+        " `config.json` does not say it, since engines would take it for EVS's."
+    )
 
 
 def _shown(names: Iterable[str]) -> str:

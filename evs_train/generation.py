@@ -41,7 +41,7 @@ from evs_train.inputs import check_pruner
 from evs_train.models.base import Family, Features
 from evs_train.models.loading import load_encoder, load_family, load_weights
 from evs_train.prune import KINDS, EvsHook, to_device
-from evs_train.pruners import Method, build_pruner
+from evs_train.pruners import Method, build_pruner, method_name
 from evs_train.pruners.base import Pruner, Selection
 from evs_train.pruners.evs import EVS
 from evs_train.question import Asked, check_selection, selecting
@@ -58,7 +58,8 @@ class PrunedModel:
     """A checkpoint with its processor, ready to answer at any pruning rate.
 
     Attributes:
-        trained_rate: `video_pruning_rate` of the checkpoint's config.json, or 0; the rate when a call names none.
+        trained_rate: `video_pruning_rate` of the checkpoint's config.json, or 0; the rate when a call names none. Of
+            an export that was not trained with EVS, the one in its record.
         sampling: how frames are taken from videos.
         template_kwargs: variables of the chat template.
         engine_score, float32_score, pruner: as of `EvsHook`.
@@ -112,7 +113,10 @@ class PrunedModel:
         check_pruner(pruner, family, section.attn_implementation)
         if pruner.selection is not None:
             check_selection(pruner.selection, family)
-        trained_rate = float(family.config.to_dict().get("video_pruning_rate") or 0.0)
+        says_rate = family.config.to_dict()
+        if method_name(evs.method) != "evs":  # it is an export, whose config.json speaks to engines, of EVS alone
+            says_rate = json.loads((Path(checkpoint) / EXPORT_RECORD).read_text(encoding="utf-8"))
+        trained_rate = float(says_rate.get("video_pruning_rate") or 0.0)
         plain = (load_encoder if encoder_only else load_weights)(section, family.config, getattr(torch, dtype))
         plain.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(
@@ -144,7 +148,14 @@ class PrunedModel:
         sample = read_prompt(messages, media_root)
         clips = [read_video(path, self.sampling, decoding=self.decoding) for path in sample.videos]
         images = [read_image(path, decoding=self.decoding) for path in sample.images]
-        return build_prompt(sample, clips, images, self.family, template_kwargs=self.template_kwargs)
+        return build_prompt(
+            sample,
+            clips,
+            images,
+            self.family,
+            template_kwargs=self.template_kwargs,
+            measure_changes=self.pruner.needs_changes,
+        )
 
     def inputs(self, prompt: Example, pruning_rate: float) -> dict[str, Any]:
         """Arguments of the model's forward for one prompt, its videos encoded and pruned; all rows of shape (1, K)."""

@@ -81,6 +81,11 @@ class Inputs:
                 "leave alpha out; evs-train eval methods=[...] takes it",
             )
         check_pruner(self.pruner, self.family, recipe.model.attn_implementation)
+        if self.pruner.needs_changes and recipe.data.cache_features is not None:
+            raise RecipeError(
+                "data.cache_features: evs.method looks at pixels, and what is kept of a video has none",
+                "leave the key out, or take a pruner that compares features",
+            )
         self.world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
         self.order = DrawOrder(len(self.samples), recipe.seed, self.data.shares)
         self.reader = RowReader(
@@ -92,6 +97,7 @@ class Inputs:
             last_only=recipe.data.supervise == "last",
             verify=recipe.data.verify,
             decoding=decoding_options(recipe.data),
+            measure_changes=self.pruner.needs_changes,
         )
         self.collator = Collator(
             rates=self.rates,

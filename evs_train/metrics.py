@@ -28,6 +28,7 @@ def metrics_of(sums: Mapping[str, float], times: Mapping[str, float], elapsed: f
         "evs/rate_applied": sums["rate_applied"] / max(sums["video_rows"], 1),
         "evs/video_tokens_before": sums["video_tokens_before"],
         "evs/video_tokens_after": sums["video_tokens_after"],
+        **({"evs/video_tokens_seen": sums["video_tokens_seen"]} if "video_tokens_seen" in sums else {}),
         "evs/supervised_tokens": sums["supervised"],
         "evs/padding": sums["padding"] / max(sums["padding"] + sums["tokens"], 1),
         "data/shortened": sums["shortened"],

@@ -37,7 +37,7 @@ from evs_train.pruners.evs import EVS
 from evs_train.timing import Stopwatch
 
 KINDS: tuple[Kind, ...] = ("image", "video")
-INPUTS = ("input_ids", "labels", "media", "plan", "index", "position_ids", "sequential_ids", "further")
+INPUTS = ("input_ids", "labels", "media", "plan", "index", "position_ids", "sequential_ids", "further", "changes")
 
 
 def compact(batch: dict[str, Any], choices: Sequence[Choice], pad_token_id: int) -> dict[str, Tensor]:
@@ -114,7 +114,9 @@ class EvsHook:
         autocast: makes the mixed-precision context that the forward runs in.
         targets: (S,) supervised tokens of the last batch, the same in all its passes.
         passes: what the further passes of the last batch gave, in its order.
-        kept: (planned video, (K,) kept places) of every video whose plan carries frames, until somebody clears it.
+        hidden: number of kept tokens of the last batch that attention does not see; None where the pruner hides none.
+        kept: (planned video, (K,) places that are kept and seen) of every video whose plan carries frames, until
+            somebody clears it.
     """
 
     family: Family
@@ -130,6 +132,7 @@ class EvsHook:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     targets: Tensor = field(default_factory=lambda: torch.empty(0))
     passes: list[Pass] = field(default_factory=list)
+    hidden: Tensor | None = None
     kept: list[tuple[PlannedItem, Tensor]] = field(default_factory=list)
 
     def attach(self, module: nn.Module) -> RemovableHandle:
@@ -184,8 +187,10 @@ class EvsHook:
         plan: BatchPlan = batch["plan"]
         encoded, blanks = encoding
         with self.autocast(), self.stopwatch.section("pruning"):
+            changes = batch["changes"] if self.pruner.needs_changes else [None] * len(plan.videos)
             choices = [
-                self._choose(planned, features) for planned, features in zip(plan.videos, encoded["video"], strict=True)
+                self._choose(planned, features, change)
+                for planned, features, change in zip(plan.videos, encoded["video"], changes, strict=True)
             ]
             remaining: dict[Kind, Any] = {
                 "image": iter(encoded["image"]),
@@ -199,12 +204,15 @@ class EvsHook:
             features = [(planned.item.kind, next(remaining[planned.item.kind])) for planned in plan.items]
             pruned = compact(batch, choices, self.family.pad_token_id)
         attention = self._attention(plan, batch["index"]["boundaries"], pruned.pop("documents"))
-        self.kept += [(p, choice.index) for p, choice in zip(plan.videos, choices, strict=True) if p.frames is not None]
+        if self.pruner.hides:
+            hidden = [(~choice.seen).sum() for choice in choices if choice.seen is not None]
+            self.hidden = sum(hidden, start=batch["index"]["always"].new_zeros(()))
+        self.kept += [(p, c.visible) for p, c in zip(plan.videos, choices, strict=True) if p.frames is not None]
         with self.autocast():
             return self.family.forward_inputs(self.model, {**others, **pruned, **attention}, features + blanks)
 
-    def _choose(self, planned: PlannedItem, features: Features) -> Choice:
-        video = Video(self.scored(planned.item, features).detach(), planned.seed)
+    def _choose(self, planned: PlannedItem, features: Features, change: Tensor | None = None) -> Choice:
+        video = Video(self.scored(planned.item, features).detach(), planned.seed, change)
         return self.pruner.choose(video, planned.pruning_rate)
 
     def scored(self, item: MediaItem, features: Features) -> Tensor:

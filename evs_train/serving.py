@@ -144,10 +144,25 @@ ENGINES: dict[str, dict[str, ServingLine]] = {
 }
 
 
-def launch_lines(family: str, checkpoint: str, pruning_rate: float) -> list[ServingLine]:
+_BY_EVS = "Prunes by EVS or not at all, and this checkpoint was trained with another method: the line serves dense."
+# Methods beside EVS that an engine knows, with the families for which its sources say so.
+OTHER_METHODS: dict[str, tuple[tuple[str, ...], ServingLine]] = {
+    "vidcom2": (
+        ("qwen3_vl", "qwen3_5"),
+        replace(
+            _VLLM,
+            command="vllm serve $checkpoint --video-pruning-method vidcom2 --video-pruning-rate $rate",
+            note="Use a version with pull request 47750. It does not read the method or the rate from config.json.",
+        ),
+    ),
+}
+
+
+def launch_lines(family: str, checkpoint: str, pruning_rate: float, method: str = "evs") -> list[ServingLine]:
     """Return one launch line per engine for a checkpoint of `family`, engines that honour the rate first.
 
     Args:
+        method: name of the pruner that it was trained with.
         family: model type as in config.json, a key of `ENGINES`.
         checkpoint: folder or hub name; quoted for the shell.
         pruning_rate: share of the video tokens to drop, in [0, 1).
@@ -161,9 +176,15 @@ def launch_lines(family: str, checkpoint: str, pruning_rate: float) -> list[Serv
     if not 0 <= pruning_rate < 1:
         raise RecipeError(f"pruning rate must be in 0 <= rate < 1, got {pruning_rate}")
     values = {"checkpoint": shlex.quote(checkpoint), "rate": str(float(pruning_rate))}
+    engines = ENGINES[family]
+    if method != "evs":
+        engines = {name: replace(line, note=_BY_EVS) for name, line in _NOWHERE.items()}
+        families, line = OTHER_METHODS.get(method, ((), _VLLM))
+        if family in families:
+            engines["vLLM"] = line
     lines = [
         ServingLine(line.engine, Template(line.command).substitute(values), line.reads, line.note)
-        for line in ENGINES[family].values()
+        for line in engines.values()
     ]
     return sorted(lines, key=lambda line: line.reads == "unsupported")
 

@@ -53,17 +53,19 @@ class Tally:
     """Sums since the last log, and since the start. Local to a rank.
 
     `names` are further sums over the supervised tokens of the drawn pass, whose means are reported as `loss/NAME`.
+    `hides`: some kept tokens are not seen by attention, and these are counted, too.
     """
 
-    def __init__(self, names: Sequence[str] = ()) -> None:
+    def __init__(self, names: Sequence[str] = (), *, hides: bool = False) -> None:
+        self._hides = hides
         self.total: dict[str, float] = dict.fromkeys(_COUNTS, 0.0)
         self._names = tuple(names)
         self._counts = dict.fromkeys(_COUNTS, 0.0)
         self._bucket_tokens = [0.0] * _NUM_BUCKETS
-        self._losses: Tensor | None = None  # of each bucket, then of each name
+        self._losses: Tensor | None = None  # of each bucket, then of each name, then the hidden tokens
 
-    def add(self, plan: BatchPlan) -> None:
-        """Count one micro-batch, its passes apart."""
+    def add(self, plan: BatchPlan, hidden: Tensor | None = None) -> None:
+        """Count one micro-batch, its passes apart, and the `hidden` tokens among those it keeps."""
         applied = plan.applied_rates
         seen = {
             "rows": len(plan.draws),
@@ -78,6 +80,8 @@ class Tally:
         }
         for name, value in seen.items():
             self._counts[name] += value
+        if hidden is not None:
+            self._sums(hidden.device)[-1] += hidden
 
     def add_pass(self, plan: BatchPlan, losses: Tensor, name: str | None = None) -> None:
         """Count the tokens of one pass that is trained on, and its losses (S,) by rate and in the sum `name`."""
@@ -101,9 +105,13 @@ class Tally:
         """Add a scalar to the sum `name`."""
         self._sums(value.device)[_NUM_BUCKETS + self._names.index(name)] += value.detach()
 
+    @property
+    def _num_sums(self) -> int:
+        return _NUM_BUCKETS + len(self._names) + self._hides
+
     def _sums(self, device: torch.device) -> Tensor:
         if self._losses is None:
-            self._losses = torch.zeros(_NUM_BUCKETS + len(self._names), device=device, dtype=torch.float64)
+            self._losses = torch.zeros(self._num_sums, device=device, dtype=torch.float64)
         return self._losses
 
     def state(self) -> tuple[dict[str, float], list[float], Tensor | None]:
@@ -116,7 +124,7 @@ class Tally:
 
     def sums(self) -> list[float]:
         """What was counted since the last `collect`, as numbers that `add_sums` takes. Waits for the device."""
-        losses = [0.0] * (_NUM_BUCKETS + len(self._names)) if self._losses is None else self._losses.tolist()
+        losses = [0.0] * self._num_sums if self._losses is None else self._losses.tolist()
         return [*self._counts.values(), *self._bucket_tokens, *losses]
 
     def add_sums(self, sums: Sequence[float], device: torch.device) -> None:
@@ -138,6 +146,8 @@ class Tally:
         for index, count in enumerate(tokens):
             if count:
                 collected[bucket_name(index)] = losses[index] / count
+        if self._hides:
+            collected["video_tokens_seen"] = collected["video_tokens_after"] - losses.pop()
         for name, loss in zip(self._names, losses[_NUM_BUCKETS:], strict=True):
             collected[f"loss/{name}"] = loss / max(collected["supervised"], 1)
         self._counts = dict.fromkeys(_COUNTS, 0.0)

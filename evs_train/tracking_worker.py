@@ -86,7 +86,6 @@ def _init(wandb: Any, begin: Message, mode: str) -> Any:
         run_id=begin["id"],
         resume="allow" if begin["resumed"] else None,
         init_timeout=begin["timeout"],
-        login_timeout=begin["timeout"],
         finish_timeout=begin["timeout"],
         console="off",
         silent=True,

@@ -81,7 +81,7 @@ class UptrainTrainer(SavingTrainer):
         self.optim_section = optim
         self.objective = objective
         names = [f"pass_{name}" for name in (*objective.further_passes, "drawn")] if objective.further_passes else []
-        self.tally = Tally([*names, "teacher_kl"] if objective.kind == "teacher" else names)
+        self.tally = Tally([*names, "teacher_kl"] if objective.kind == "teacher" else names, hides=hook.pruner.hides)
         self.losses: list[float] = []
         self.seconds = 0.0
         self._last_log = 0.0  # 0: the clock starts with the first batch, not with loading
@@ -243,7 +243,7 @@ class UptrainTrainer(SavingTrainer):
         assert num_items_in_batch is not None  # every batch has labels
         plan: BatchPlan = inputs["plan"]
         outputs = model(**inputs)
-        self.tally.add(plan)
+        self.tally.add(plan, self.hook.hidden)
         further, passes = self.objective.further_passes, self.hook.passes
         loss = self._loss_of(plan, outputs, "pass_drawn" if further else None)
         if self.objective.kind == "teacher":

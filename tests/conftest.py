@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 from evs_train.data.synthetic import write_dataset
 from evs_train.models import FAMILIES
 from evs_train.models.tiny import build_tiny
+from tests.runs import Ranks
 
 pytest_plugins = ["tests.families"]
 torch.set_num_threads(1)
@@ -48,6 +49,14 @@ def world(shared_tmp: Path) -> Path:
     """Rows (`train.jsonl`) of a small rendered world: video, image and text rows."""
     with FileLock(str(shared_tmp / "world.lock")):
         return write_dataset(shared_tmp / "world", num_clips=16, seed=0, size=64, num_frames=12)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes that train what they are asked to, started when first used."""
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ agents that meet by c10d, but each could reach everything of the other's. Files 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -23,12 +24,13 @@ MULTINODE = ROOT / "launch" / "multinode.sh"
 
 @dataclass
 class Node:
-    """A place to start processes in: a command that enters it, and its address."""
+    """A place to start processes in: a command that enters it, its address, and a port that is free there."""
 
     number: int
     address: str
     interface: str
     enter: list[str] = field(default_factory=list)
+    port: int = 29577
 
     def start(self, words: Sequence[str], log: Path, **variables: str) -> subprocess.Popen[bytes]:
         """Start a command there; what it prints is appended to `log`."""
@@ -90,8 +92,11 @@ def namespaces() -> Iterator[list[Node]]:
 
 
 def loopback() -> list[Node]:
-    """Two addresses of this machine."""
-    return [Node(number, f"127.0.0.{number + 1}", "lo") for number in range(2)]
+    """Two addresses of this machine, and a port that no other test has, as it would in namespaces of its own."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return [Node(number, f"127.0.0.{number + 1}", "lo", port=port) for number in range(2)]
 
 
 def _hold(words: list[str]) -> subprocess.Popen[bytes]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,61 @@ def torchrun(
     return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
 
-def torchrun_each(jobs: list[list[str]], num_processes: int, folder: Path) -> None:
-    """Do several runs, given by their arguments, in real processes that are started once (`runs_worker`)."""
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs), encoding="utf-8")
-    done = torchrun([str(file)], num_processes, program=("-m", "tests.distributed.runs_worker"))
-    assert done.returncode == 0, done.stderr[-4000:]
+class Ranks:
+    """Real processes (torchrun, gloo on CPU) that do runs as they are asked for; started once for all (`runs_worker`).
+
+    A run that fails ends them; the next one starts others.
+    """
+
+    def __init__(self, num_processes: int, folder: Path) -> None:
+        self.num_processes, self.folder = num_processes, folder
+        self.num_starts = self.num_jobs = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def train(self, *jobs: list[str], timeout: float = 300) -> None:
+        """Do the runs with these arguments, one after the other. Fails with what the processes said if one fails."""
+        if self.process is None:
+            self._start()
+        assert self.process is not None
+        home, number = self.folder / str(self.num_starts), self.num_jobs
+        self.num_jobs += 1
+        (home / "partial").write_text(json.dumps(jobs), encoding="utf-8")
+        (home / "partial").rename(home / f"job{number}")
+        until = time.monotonic() + timeout
+        while not all((home / f"job{number}.rank{rank}").exists() for rank in range(self.num_processes)):
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.stop(kill=True)
+                raise AssertionError((home / "log").read_text(errors="replace")[-6000:])
+            time.sleep(0.02)
+
+    def _start(self) -> None:
+        self.num_starts, self.num_jobs = self.num_starts + 1, 0
+        home = self.folder / str(self.num_starts)
+        home.mkdir(parents=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={self.num_processes}", "-m", "tests.distributed.runs_worker", str(home)]
+        with (home / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def stop(self, *, kill: bool = False) -> None:
+        """End the processes, if there are any."""
+        if self.process is None:
+            return
+        (self.folder / str(self.num_starts) / "end").touch()
+        try:
+            self.process.wait(0 if kill else 60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process = None
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

@@ -30,3 +30,13 @@ def test_architecture_names_every_module() -> None:
     modules = [path.relative_to(ROOT / "evs_train") for path in (ROOT / "evs_train").rglob("*.py")]
     missing = [str(m) for m in modules if m.name != "__init__.py" and f"`{m}`" not in page]
     assert not missing
+
+
+def test_reliability_names_tests_that_are_there() -> None:
+    words = re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    named = [part for word in words if "test_" in word for part in re.split(r"::|/| ", word) if part]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    folders = {path.name for path in (ROOT / "tests").rglob("*") if path.is_dir()} | {"tests"}
+    known = texts.keys() | folders | set(re.findall(r"(?:def|class) (\w+)", "\n".join(texts.values())))
+    assert len(named) > 50
+    assert not set(named) - known

@@ -7,11 +7,14 @@ these tests show what our files do and nothing of what those systems do. tests/d
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 BUSY = "for _ in {1..900}; do sleep 0.05; done"  # a trap runs between two commands
-TOLD = 'echo "$NNODES $NODE_RANK $HEAD $PORT $PET_RDZV_ID $*" >> told'
+TOLD = 'echo "$NNODES $NODE_RANK $HEAD $PORT $PET_RDZV_ID $#: $*" >> told'
+Job = Callable[..., subprocess.Popen[str]]
+OWN_STORES = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 WITHOUT = {
@@ -30,6 +35,27 @@ WITHOUT = {
     "its code is torchrun's": ("exit 75", 'exit "$code"', "not 75"),
 }
 """What launch/multinode.sh would do without a part of it; what stands there instead, and what the check then says."""
+
+OF_ITS_TASKS = {
+    "75 does not put it back": ('[ "$code" -eq 75 ] ||', "false ||", 75, "put back: False"),
+    "any failure puts it back": ('[ "$code" -eq 75 ] ||', '[ "$code" -ne 0 ] ||', 2, "put back: True"),
+    "it hides its tasks' code": ('exit "$code"', "exit 0", 2, "left with 0"),
+    "the first process has no time to export": ("srun --wait=0", "srun", 0, "left with 9"),
+    "all nodes are node 0": ("NODE_RANK=$SLURM_NODEID", "NODE_RANK=0", 0, "told 2 0 node7 "),
+    "the head is every node": ("${hosts%%$'\\n'*}", "$hosts", 0, "told 2 1 node7\n"),
+    "jobs share a port": ("$((20000 + SLURM_JOB_ID % 10000))", "20000", 0, "node7 20000 "),
+    "a job meets what it was before": ("-${SLURM_RESTART_COUNT:-0}", "", 0, "21234 71234 "),
+    "words fall apart": ('multinode.sh "$@" &', "multinode.sh $* &", 0, " 3: recipe=tiny "),
+}
+WHEN_TIME_IS_UP = {
+    "it ends at once": ("trap 'time_is_up=1", "# 'time_is_up=1", 75, 1.0, "left with -10"),
+    "its tasks are not told": ('kill -USR1 "$step"', "true", 75, 1.0, "left with 9"),
+    "it does not wait for them": ('while [ "$code" -gt 128 ]', "while false", 75, 45.0, "left with 138"),
+    "a node that was killed hides the others": ('{ [ -n "$time_is_up" ]', "{ false", 137, 45.0, "put back: False"),
+    "what is done is done again": (' && [ "$code" -ne 0 ]', "", 0, 45.0, "put back: True"),
+}
+"""What launch/slurm.sbatch would do without a part of it; what stands there instead, with which code its tasks leave,
+how long they wait to be told, and what the check then says."""
 
 
 @pytest.fixture
@@ -97,14 +123,47 @@ def test_shellcheck_finds_nothing(name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def changed(part: str, to: str, folder: Path) -> Path:
-    """A copy of launch/multinode.sh with another part in the place of one."""
-    text = (LAUNCH / "multinode.sh").read_text(encoding="utf-8")
+def changed(part: str, to: str, folder: Path, name: str = "multinode.sh") -> Path:
+    """A copy of a file of launch/ with another part in the place of one."""
+    text = (LAUNCH / name).read_text(encoding="utf-8")
     assert text.count(part) == 1
-    script = folder / "multinode.sh"
+    script = folder / name
     script.write_text(text.replace(part, to), encoding="utf-8")
     script.chmod(0o755)
     return script
+
+
+def meet_again(patience: float) -> None:
+    """Two agents of torchrun meet; the second is lost, and one that is started anew meets the first.
+
+    `patience`: seconds that the new one waits for what the first has to say.
+    """
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousInfo
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, _RendezvousExitOp
+
+    first_store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def agent(address: str, seconds: float = 60) -> Any:
+        store = TCPStore("127.0.0.1", first_store.port, timeout=timedelta(seconds=seconds))
+        return DynamicRendezvousHandler.from_backend("id", store, C10dRendezvousBackend(store, "id"), 2, 2, address)
+
+    def meet(*agents: Any) -> None:
+        found: list[RendezvousInfo] = list(threads.map(lambda one: one.next_rendezvous(), agents))
+        assert sorted(one.rank for one in found) == [0, 1]
+        assert len({one.bootstrap_store_info.master_port for one in found}) == 1
+
+    survivor, lost, again = agent("127.0.0.1"), agent("~00001"), agent("~00001", patience)
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            meet(survivor, lost)
+            lost._stop_heartbeats()
+            lost._op_executor.run(_RendezvousExitOp(), time.monotonic() + 60)  # as when its heartbeats were missed
+            meet(survivor, again)
+        finally:
+            for one in (survivor, lost, again):
+                one._stop_heartbeats()
 
 
 class TestMultinode:
@@ -119,6 +178,23 @@ class TestMultinode:
         script = changed("'~%05d'", "'%05d'", tmp_path)
         with pytest.raises(AssertionError, match="another node comes first"):
             self.start_three(script, tmp_path, stand_in)
+
+    @pytest.mark.parametrize("own", [True, False], ids=["stores of their own", "the agents' store"])
+    def test_a_lost_node_can_join_again(
+        self, own: bool, tmp_path: Path, stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By torch's own agents, in the environment that the script makes. In their store it waits for an address."""
+        monkeypatch.delenv(OWN_STORES, raising=False)
+        script = LAUNCH / "multinode.sh" if own else changed(f"export {OWN_STORES}=1\n", "", tmp_path)
+        stand_in("bin/torchrun", f'echo "${{{OWN_STORES}:-0}}"')
+        code, printed = finished(start(tmp_path, [str(script)]))
+        assert code == 0, printed
+        monkeypatch.setenv(OWN_STORES, printed.strip())
+        if own:
+            meet_again(patience=60)
+        else:
+            with pytest.raises(Exception, match=r"wait timeout after 1000ms, keys: .*id\.1/MASTER_ADDR"):
+                meet_again(patience=1)
 
     def start_three(self, script: Path, tmp_path: Path, stand_in: Callable[..., None]) -> None:
         stand_in("bin/torchrun", 'echo "$@"; echo "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE"')
@@ -189,11 +265,11 @@ class TestSlurm:
     """With stand-ins for srun, scontrol and launch/multinode.sh."""
 
     @pytest.fixture
-    def job(self, tmp_path: Path, stand_in: Callable[..., None]) -> Callable[[str], subprocess.Popen[str]]:
+    def job(self, tmp_path: Path, stand_in: Callable[..., None]) -> Job:
         hosts = '[ "$1" = show ] && printf "node7\\nnode8\\n"; [ "$1" = requeue ] && echo "$2" >> requeued; true'
         stand_in("bin/scontrol", hosts)
 
-        def submit(task: str) -> subprocess.Popen[str]:
+        def submit(task: str, script: Path = LAUNCH / "slurm.sbatch") -> subprocess.Popen[str]:
             """The job whose tasks do this."""
             stand_in("launch/multinode.sh", task)
             stand_in("bin/srun", '[ "$1" = --wait=0 ] || exit 9; shift; SLURM_NODEID=1 exec "$@"')
@@ -203,32 +279,56 @@ class TestSlurm:
                 "SLURM_JOB_NUM_NODES": "2",
                 "SLURM_JOB_NODELIST": "node[7-8]",
             }
-            return start(tmp_path, [str(LAUNCH / "slurm.sbatch"), "recipe=tiny", "evs.rate={kind: choice}"], **slurm)
+            return start(tmp_path, [str(script), "recipe=tiny", "evs.rate={kind: choice}"], **slurm)
 
         return submit
 
     @pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True)])
-    def test_only_75_puts_it_back(self, code: int, again: bool, job: Callable[..., Any], tmp_path: Path) -> None:
-        assert finished(job(f"{TOLD}; exit {code}"))[0] == code
-        assert (tmp_path / "requeued").exists() is again
-        assert (tmp_path / "told").read_text() == "2 1 node7 21234 71234-0 recipe=tiny evs.rate={kind: choice}\n"
+    def test_only_75_puts_it_back(self, code: int, again: bool, job: Job, tmp_path: Path) -> None:
+        self.check_of_tasks(job(f"{TOLD}; exit {code}"), code, again, tmp_path)
 
     @pytest.mark.parametrize("code", [75, 137])
-    def test_when_time_is_up_the_tasks_are_told_and_it_is_put_back(
-        self, code: int, job: Callable[..., Any], tmp_path: Path
-    ) -> None:
-        process = job(f"trap 'exit {code}' USR1; touch ready; {BUSY}")
-        wait_for(tmp_path / "ready")
-        process.send_signal(signal.SIGUSR1)
-        assert finished(process)[0] == code
+    def test_when_time_is_up_the_tasks_are_told_and_it_is_put_back(self, code: int, job: Job, tmp_path: Path) -> None:
+        self.check(self.told(job(self.until_told(code)), tmp_path), code, True, tmp_path)
         assert (tmp_path / "requeued").read_text() == "71234\n"
 
-    def test_a_run_that_finishes_when_time_is_up_is_done(self, job: Callable[..., Any], tmp_path: Path) -> None:
-        process = job(f"trap 'exit 0' USR1; touch ready; {BUSY}")
+    def test_a_run_that_finishes_when_time_is_up_is_done(self, job: Job, tmp_path: Path) -> None:
+        self.check(self.told(job(self.until_told(0)), tmp_path), 0, False, tmp_path)
+
+    @pytest.mark.parametrize(("part", "to", "code", "words"), OF_ITS_TASKS.values(), ids=OF_ITS_TASKS)
+    def test_it_needs_each_part(self, part: str, to: str, code: int, words: str, job: Job, tmp_path: Path) -> None:
+        script = changed(part, to, tmp_path, "slurm.sbatch")
+        with pytest.raises(AssertionError, match=re.escape(words)):
+            self.check_of_tasks(job(f"{TOLD}; exit {code}", script), code, code == 75, tmp_path)
+
+    @pytest.mark.parametrize(("part", "to", "code", "seconds", "words"), WHEN_TIME_IS_UP.values(), ids=WHEN_TIME_IS_UP)
+    def test_it_needs_each_part_when_time_is_up(
+        self, part: str, to: str, code: int, seconds: float, words: str, job: Job, tmp_path: Path
+    ) -> None:
+        script = changed(part, to, tmp_path, "slurm.sbatch")
+        with pytest.raises(AssertionError, match=re.escape(words)):
+            self.check(self.told(job(self.until_told(code, seconds), script), tmp_path), code, code != 0, tmp_path)
+
+    def until_told(self, code: int, seconds: float = 45.0) -> str:
+        """A task that leaves with this code when it gets the signal, or else with 9."""
+        naps = round(seconds / 0.05)  # a trap runs between two of them
+        return f"trap 'exit {code}' USR1; touch ready; for _ in {{1..{naps}}}; do sleep 0.05; done; exit 9"
+
+    def told(self, process: subprocess.Popen[str], tmp_path: Path) -> subprocess.Popen[str]:
         wait_for(tmp_path / "ready")
         process.send_signal(signal.SIGUSR1)
-        assert finished(process)[0] == 0
-        assert not (tmp_path / "requeued").exists()
+        return process
+
+    def check(self, process: subprocess.Popen[str], code: int, again: bool, tmp_path: Path) -> None:
+        left, printed = finished(process)
+        assert left == code, f"left with {left}: {printed}"
+        requeued = (tmp_path / "requeued").exists()
+        assert requeued is again, f"put back: {requeued}"
+
+    def check_of_tasks(self, process: subprocess.Popen[str], code: int, again: bool, tmp_path: Path) -> None:
+        self.check(process, code, again, tmp_path)
+        told = (tmp_path / "told").read_text()
+        assert told == "2 1 node7 21234 71234-0 2: recipe=tiny evs.rate={kind: choice}\n", f"told {told}"
 
 
 class TestSkypilot:
@@ -255,7 +355,7 @@ class TestSkypilot:
         code, printed = self.run(tmp_path, **{f"SKYPILOT_{k}": v for k, v in sky.items()}, SKYPILOT_TASK_ID="sky-1")
         assert code == 0, printed
         words = "recipe=nemotron data.rows=rows.jsonl output_dir=/shared/runs/nemotron"
-        assert (tmp_path / "told").read_text() == f"2 1/8 10.0.0.4 - sky-1 {words}\n"
+        assert (tmp_path / "told").read_text() == f"2 1/8 10.0.0.4 - sky-1 3: {words}\n"
 
     def test_one_node_needs_no_address(self, tmp_path: Path, stand_in: Callable[..., None]) -> None:
         """With our own multinode.sh, and a stand-in for torchrun."""

@@ -20,7 +20,7 @@ from evs_train.inputs import Inputs
 from evs_train.models import FAMILIES
 from evs_train.uptrain import Run
 from tests.data.test_video import write_video
-from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of, torchrun
+from tests.runs import STILL, Ranks, arguments, assert_only_rounding, metrics, recipe_of
 
 UNIFORM = {"kind": "uniform", "min": 0.0, "max": 0.9}
 
@@ -141,29 +141,17 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_two_processes_give_the_loss_of_one(
-    tiny_checkpoint: Callable[[str], Path], long_rows: Path, tmp_path: Path, packing: bool
+    tiny_checkpoint: Callable[[str], Path], long_rows: Path, tmp_path: Path, packing: bool, two_ranks: Ranks
 ) -> None:
     """Each step's micro-batches are the same; the second process waits while the first one measures the rows."""
     options = {"train__packing": packing, "train__steps": 8, **STILL}
     checkpoint, index = tiny_checkpoint("qwen3_vl"), tmp_path / "media.arrow"
-    two = words(checkpoint, long_rows, tmp_path / "two", index, train__grad_accumulation=1, **options)
-    done = torchrun(two, 2)
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_ranks.train(words(checkpoint, long_rows, tmp_path / "two", index, train__grad_accumulation=1, **options))
     Run(recipe_of(words(checkpoint, long_rows, tmp_path / "one", index, **options))).train()
     one, other = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for name in ("evs/video_tokens_after", "evs/supervised_tokens", "data/shortened"):
         assert [line[name] for line in one] == [line[name] for line in other]
     assert_only_rounding(one, other)
-
-
-def test_processes_that_plan_differently_end_at_once(
-    tiny_checkpoint: Callable[[str], Path], long_rows: Path, tmp_path: Path
-) -> None:
-    given = words(tiny_checkpoint("qwen3_vl"), long_rows, tmp_path / "run", tmp_path / "media.arrow", train__steps=2)
-    done = torchrun(given, 2, timeout=120, program=("-m", "tests.distributed.odd_plans"))
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("the processes planned different runs: process 0: 11 rows, 2 steps of ") == 2
-    assert "micro-batches of 310 tokens" in done.stdout
 
 
 def test_a_file_that_changed_is_not_shown(recipe: Callable[..., Recipe], long_rows: Path, tmp_path: Path) -> None:

@@ -43,13 +43,25 @@ ARMS: dict[str, Arm] = {
     BEST: Arm((f"evs.rate={{kind: mixture, dense: 0.2, of: {FRAME}}}",)),
     "mixture + teacher": Arm((f"evs.rate={MIXTURE}", "objective.kind=teacher")),
     "sandwich": Arm((f"evs.rate={UNIFORM}", "objective.kind=sandwich")),
-    f"{PLUG}, random tokens": Arm(None, "random"),
-    f"{PLUG}, whole units": Arm(None, "frames"),
-    "uniform, random tokens": Arm((f"evs.rate={UNIFORM}",), "random"),
-    "uniform, whole units": Arm((f"evs.rate={UNIFORM}",), "frames"),
 }
 """Every arm by the name that it has in the results. `beta` and `frame-based` are NVIDIA's published samplers. What
 `fixed .9` reaches at .9 shows what can be read there at all."""
+
+_FULL = tuple(ARMS)
+METHODS: dict[str, str] = {
+    "evs-threshold": "evs-threshold",
+    "nvidia, cosine": "{kind: nvidia, metric: cos}",
+    "nvidia, pixels": "{kind: nvidia, level: pixels}",
+    "nvidia, iterative": "{kind: nvidia, variant: iterative, level: pixels}",
+    "vidcom2": "vidcom2",
+    "prunevid": "prunevid",
+    "random tokens": "random",
+    "whole units": "frames",
+}
+"""Pruners beside EVS by their names in the results, for the table of docs/pruners.md."""
+for _name, _method in METHODS.items():
+    ARMS[f"{PLUG}, {_name}"] = Arm(None, _method)
+    ARMS[f"uniform, {_name}"] = Arm((f"evs.rate={UNIFORM}",), _method)
 
 
 @dataclass(frozen=True)
@@ -76,11 +88,15 @@ class Size:
 
 _RATES = (0.0, 0.25, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9)
 _DECIDING = (PLUG, DENSE, NVIDIA, BEST, f"{PLUG}, random tokens", f"{PLUG}, whole units")
+_CONTROLS = tuple(f"{arm}, {name}" for arm in (PLUG, "uniform") for name in ("random tokens", "whole units"))
+_OF_PRUNERS = (PLUG, "uniform", *(f"{arm}, {name}" for arm in (PLUG, "uniform") for name in METHODS))
 SIZES: dict[str, Size] = {
-    "mini": Size(6, 6, (2, 1), 3, (0,), tuple(ARMS), (0.0, 0.75, 0.9), batch=4),
+    "mini": Size(6, 6, (2, 1), 3, (0,), (*_FULL, *_CONTROLS), (0.0, 0.75, 0.9), batch=4),
     "default": Size(4000, 600, (800, 400), 400, (0,), _DECIDING, _RATES),
-    "full": Size(4000, 600, (800, 400), 400, (0, 1, 2), tuple(ARMS), _RATES),
-    "gpu": Size(20000, 2000, (4000, 2000), 2000, (0, 1, 2), tuple(ARMS), _RATES, width=4),
+    "full": Size(4000, 600, (800, 400), 400, (0, 1, 2), (*_FULL, *_CONTROLS), _RATES),
+    "gpu": Size(20000, 2000, (4000, 2000), 2000, (0, 1, 2), (*_FULL, *_CONTROLS), _RATES, width=4),
+    "pruners": Size(4000, 600, (800, 400), 400, (0, 1, 2), _OF_PRUNERS, (0.0, 0.5, 0.75, 0.83, 0.9)),
 }
 """`full` goes on from `default`: same world, base and steps, so what that has done is not done again. `gpu` is for one
-GPU: more clips, longer trainings, about 16 times the parameters. It needs a folder of its own and was never run."""
+GPU: more clips, longer trainings, about 16 times the parameters. It needs a folder of its own and was never run.
+`pruners` has other rates, at which .5, .25, .17 and .1 of the tokens stay, so it needs one, too."""

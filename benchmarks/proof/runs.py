@@ -37,7 +37,8 @@ class ExampleCache:
 
     def __init__(self, reader: RowReader, folder: Path, say: Callable[[str], None] = print) -> None:
         texts = "\n".join(f"{sample.id} {sample.messages}" for sample in reader.samples)
-        file = folder / f"{hashlib.sha256(texts.encode()).hexdigest()[:16]}.pt"
+        kind = "-changes" if reader.measure_changes else ""
+        file = folder / f"{hashlib.sha256(texts.encode()).hexdigest()[:16]}{kind}.pt"
         if not file.is_file():
             say(f"preparing {len(reader.samples)} rows")
             folder.mkdir(parents=True, exist_ok=True)

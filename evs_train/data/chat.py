@@ -81,6 +81,8 @@ class SampleEncoder(Renderer, Protocol):
 
     def position_ids(self, prepared: Prepared) -> Tensor | None: ...
 
+    def changes(self, prepared: Prepared) -> tuple[Tensor, ...]: ...
+
     def split_media(self, media: Media, kind: Kind) -> list[Media]: ...
 
     def fingerprint(self) -> str: ...
@@ -102,6 +104,7 @@ class Example:
         share: of the sampled frames that are here; less than 1 where a token budget demanded it (`schedule.py`).
         bad: the samples that this draw met before, and could not read (see `quarantine.py`).
         decoded_by: what decoded each video (see `Clip.backend`).
+        changes: for each video, (T, N) float32 how the pixels of its tokens change, if that is measured, else empty.
     """
 
     sample_id: str
@@ -116,6 +119,7 @@ class Example:
     share: float = 1.0
     bad: tuple[BadSample, ...] = ()
     decoded_by: tuple[str, ...] = ()
+    changes: tuple[Tensor, ...] = ()
 
 
 def build_example(
@@ -128,10 +132,12 @@ def build_example(
     max_length: int | None,
     keep_frames: bool = False,
     last_only: bool = False,
+    measure_changes: bool = False,
 ) -> Example:
     """Render, expand, tokenize and label one sample whose media are decoded.
 
     Args:
+        measure_changes: of the videos' pixels, for pruners that look at them.
         last_only: train on the last answer alone. Templates of thinking models render earlier ones otherwise than
             generation saw them.
 
@@ -155,7 +161,7 @@ def build_example(
     labels = label_turns(ids, turns, encoder.processor.tokenizer, sample.source)
     if bool((labels[prepared.media_mask] != IGNORE_INDEX).any()):
         raise DataError(f"{sample.source}: an answer contains media", "media belong in the user's turns")
-    example = _example(sample, prepared, encoder, labels)
+    example = _example(sample, prepared, encoder, labels, measure_changes)
     frames = _thumbnails(clips, prepared.items) if keep_frames else ()
     return dataclasses.replace(example, frames=frames, decoded_by=tuple(clip.backend for clip in clips))
 
@@ -167,12 +173,13 @@ def build_prompt(
     encoder: SampleEncoder,
     *,
     template_kwargs: Mapping[str, Any],
+    measure_changes: bool = False,
 ) -> Example:
     """A conversation up to where the assistant's answer begins, without labels. Raises DataError as `build_example`."""
     messages = as_the_template_reads(sample, encoder, template_kwargs, last_only=True)
     text = render(encoder, messages, template_kwargs, sample.source, add_generation_prompt=True)
     prepared = _prepare(sample, text, clips, images, encoder)
-    return _example(sample, prepared, encoder, torch.full_like(prepared.input_ids, IGNORE_INDEX))
+    return _example(sample, prepared, encoder, torch.full_like(prepared.input_ids, IGNORE_INDEX), measure_changes)
 
 
 def _prepare(
@@ -188,7 +195,9 @@ def _prepare(
     return encoder.prepare(text, clips, images)
 
 
-def _example(sample: Sample, prepared: Prepared, encoder: SampleEncoder, labels: Tensor) -> Example:
+def _example(
+    sample: Sample, prepared: Prepared, encoder: SampleEncoder, labels: Tensor, measure_changes: bool
+) -> Example:
     return Example(
         sample_id=sample.id,
         input_ids=prepared.input_ids,
@@ -197,6 +206,7 @@ def _example(sample: Sample, prepared: Prepared, encoder: SampleEncoder, labels:
         media=prepared.media,
         items=prepared.items,
         spans=_spans(prepared, sample.source),
+        changes=encoder.changes(prepared) if measure_changes else (),
     )
 
 

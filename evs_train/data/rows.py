@@ -39,6 +39,7 @@ class RowReader:
         decoding: decoder and limits.
         index: what is known of media files that have not changed since.
         features: what the vision tower said of media; a row whose media are all there is not decoded.
+        measure_changes: of the pixels of decoded videos (`Example.changes`).
     """
 
     samples: Sequence[Sample]
@@ -51,6 +52,7 @@ class RowReader:
     decoding: Decoding = field(default_factory=Decoding)
     index: MediaIndex = field(default_factory=MediaIndex)
     features: FeatureStore | None = None
+    measure_changes: bool = False
     # What this process found to be bad, so that it is not decoded again. Whole errors would keep their frames alive.
     _bad_files: dict[Source, Fault] = field(default_factory=dict)
     _bad_rows: dict[int, Fault] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class RowReader:
     ) -> Example:
         clips = [self._clip(source, sampling) for source in sample.videos]
         images = [self._image(source) for source in sample.images]
-        example = self._build(sample, clips, images, keep_frames=keep_frames)
+        example = self._build(sample, clips, images, keep_frames=keep_frames, measure_changes=self.measure_changes)
         if keys is None:
             return example
         facts: dict[Kind, list[Facts]] = {
@@ -126,9 +128,7 @@ class RowReader:
         files = [name_of(one) for one in (*sample.videos, *sample.images) if one in self._bad_files]
         return files[0] if files and isinstance(error, MediaError) else None
 
-    def _build(
-        self, sample: Sample, clips: Sequence[Clip], images: Sequence[Picture], *, keep_frames: bool = False
-    ) -> Example:
+    def _build(self, sample: Sample, clips: Sequence[Clip], images: Sequence[Picture], **options: bool) -> Example:
         return build_example(
             sample,
             clips,
@@ -137,7 +137,7 @@ class RowReader:
             template_kwargs=self.template_kwargs,
             max_length=self.max_length,
             last_only=self.last_only,
-            keep_frames=keep_frames,
+            **options,
         )
 
     def _clip(self, source: Source, sampling: FrameSampling) -> Clip:

@@ -51,6 +51,7 @@ class Prompts:
         decoding: decoder and limits.
         template_kwargs: variables of the chat template.
         verify: decode each video from end to end before its first use.
+        measure_changes: of the videos' pixels, for pruners that look at them.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Prompts:
         decoding: Decoding,
         template_kwargs: Mapping[str, Any],
         verify: bool,
+        *,
+        measure_changes: bool = False,
     ) -> None:
         self._family, self._sampling, self._decoding = family, sampling, decoding
-        self._template_kwargs, self._verify = template_kwargs, verify
+        self._template_kwargs, self._verify, self._measure_changes = template_kwargs, verify, measure_changes
         self._last: tuple[Any, list[Clip], list[Any]] = (None, [], [])
 
     def of(self, question: Question) -> Example:
@@ -76,7 +79,14 @@ class Prompts:
                 clips = [from_its_start(clip) for clip in clips]
             self._last = last = (key, clips, [read_image(one, decoding=self._decoding) for one in sample.images])
         _, clips, images = last
-        return build_prompt(sample, clips, images, self._family, template_kwargs=self._template_kwargs)
+        return build_prompt(
+            sample,
+            clips,
+            images,
+            self._family,
+            template_kwargs=self._template_kwargs,
+            measure_changes=self._measure_changes,
+        )
 
 
 class LocalModel:
@@ -90,7 +100,14 @@ class LocalModel:
 
     def __init__(self, place: int, model: PrunedModel, options: EvalOptions) -> None:
         self.place, self.model, self.options = place, model, options
-        self._prompts = Prompts(model.family, model.sampling, model.decoding, model.template_kwargs, options.verify)
+        self._prompts = Prompts(
+            model.family,
+            model.sampling,
+            model.decoding,
+            model.template_kwargs,
+            options.verify,
+            measure_changes=model.pruner.needs_changes,
+        )
         self._left_to_time = options.timed
         self._encoded: tuple[Any, Encoded] = (None, {})
 

@@ -111,10 +111,14 @@ def recommended_rate(run: str | Path, evaluation: str | Path | None = None) -> f
         raise RecipeError(
             f"rate=recommended: {file} is not there", f"first evs-train eval model={run}/export data=... out={folder}"
         )
-    own = run_identity(read_record(Path(run)))
+    record = read_record(Path(run))
+    own, method = run_identity(record), record["recipe"]["evs"].get("method", "evs")
     found = [model for model in json.loads(file.read_text(encoding="utf-8"))["models"] if model["run"] == own]
     if not found:
         raise RecipeError(f"rate=recommended: {file} is not of an export of {run}", "evaluate its export first")
+    found = [model for model in found if model.get("method") in (None, method)]
+    if not found:
+        raise RecipeError(f"rate=recommended: {file} has no curve with the run's own evs.method, {method}")
     rate = found[0]["recommended"]
     if rate is None:
         shown = [

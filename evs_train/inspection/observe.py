@@ -43,7 +43,7 @@ class Observation:
         clip: the sampled frames.
         frames_per_unit: frames in one unit; the last one may have fewer.
         rates: R pruning rates.
-        kept: (R, T, h, w) bool, where a token is kept.
+        kept: (R, T, h, w) bool, where a token is kept and seen.
         scores: (T, h, w) float32, the dissimilarity of each token; unit 0 holds `evs.FIRST_UNIT_SCORE`.
         scored_as: by which tensor and in which dtype, in words.
     """
@@ -128,7 +128,10 @@ def observe(model: PrunedModel, source: Source, rates: Sequence[float]) -> Obser
     clip = read_video(source, model.sampling, decoding=model.decoding)
     turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Describe the video."}]}
     sample = Sample("inspect", name_of(source), (turn,), (source,), ())
-    prompt = build_prompt(sample, [clip], [], model.family, template_kwargs=model.template_kwargs)
+    needs_changes = model.pruner.needs_changes
+    prompt = build_prompt(
+        sample, [clip], [], model.family, template_kwargs=model.template_kwargs, measure_changes=needs_changes
+    )
     (item,) = prompt.items
     media = to_device(model.family.merge_media([prompt.media]), model.model.device)
     (features,) = model.family.encode(model.model, media, "video")
@@ -136,9 +139,10 @@ def observe(model: PrunedModel, source: Source, rates: Sequence[float]) -> Obser
     scored = hook.scored(item, features)  # (T, N, D)
     grid = (item.num_units, item.height, item.width)
     kept = np.zeros((len(rates), item.num_tokens), dtype=np.bool_)
-    video = Video(scored, seed_of(0, prompt.sample_id, 0))
+    change = prompt.changes[0].to(scored.device) if needs_changes else None
+    video = Video(scored, seed_of(0, prompt.sample_id, 0), change)
     for of_rate, rate in zip(kept, rates, strict=True):
-        of_rate[model.pruner.choose(video, rate).index.cpu().numpy()] = True
+        of_rate[model.pruner.choose(video, rate).visible.cpu().numpy()] = True
     score = "engine" if model.engine_score else "embeds"
     return Observation(
         clip=clip,

@@ -23,6 +23,7 @@ from evs_train.config import Part, Positions
 from evs_train.data.chat import PIXELS, Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.features import inverse, memory_order
 from evs_train.data.video import Clip
+from evs_train.models.changes import of_frames
 
 Features = list[Tensor]
 """Everything the encoder says of one video or image, each (num_tokens, D): pooled embeddings, then deepstack layers.
@@ -122,6 +123,10 @@ class Family(ABC):
         P is 1 where the model takes (B, L), 3 where it takes (3, B, L).
         """
         return None
+
+    def changes(self, prepared: Prepared) -> tuple[Tensor, ...]:
+        """(T, N) float32 of each video: see `changes.py`. Default: pixels are a list of frames (F, C, H, W)."""
+        return of_frames(prepared)
 
     @abstractmethod
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:

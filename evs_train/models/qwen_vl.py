@@ -22,6 +22,7 @@ from evs_train.config import Positions
 from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.video import Clip, video_metadata
 from evs_train.models.base import Family, Features, frames_tensor, reading_order, split_patches
+from evs_train.models.changes import of_patches
 
 POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", *POSITION_INPUTS)
@@ -106,6 +107,9 @@ class QwenVL(Family):
         inputs = {name: prepared.media[name] for name in POSITION_INPUTS if name in prepared.media}
         positions: Tensor = self._positions_of(prepared.input_ids[None], types[None], **inputs)[0]
         return positions[:, 0]  # (3, 1, L) -> (3, L)
+
+    def changes(self, prepared: Prepared) -> tuple[Tensor, ...]:
+        return of_patches(prepared, self.split_media(prepared.media, "video"))
 
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
         return [[embeds] for embeds in self._encoded(model, media, kind).pooler_output]

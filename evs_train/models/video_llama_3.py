@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from evs_train.config import Part
 from evs_train.data.chat import Kind, Media, MediaItem, Picture, Prepared
 from evs_train.data.video import Clip, video_metadata
 from evs_train.models.base import GATED_LAYERS, Features, OneDimensional, frames_tensor, reading_order, split_patches
+from evs_train.models.changes import of_patches
 
 INPUTS: dict[Kind, tuple[str, str, str]] = {
     "video": ("pixel_values_videos", "video_grid_thw", "video_merge_sizes"),
@@ -68,6 +70,9 @@ class VideoLlama3(OneDimensional):
         ids = batch["input_ids"][0]
         is_media = (ids == self.config.video_token_id) | (ids == self.config.image_token_id)
         return Prepared(ids, media, reading_order(text, placeholders, items), is_media)
+
+    def changes(self, prepared: Prepared) -> tuple[Tensor, ...]:
+        return of_patches(prepared, self.split_media(prepared.media, "video"))
 
     def encode(self, model: Any, media: Media, kind: Kind) -> list[Features]:
         inputs = {name: media[name] for name in INPUTS[kind]}

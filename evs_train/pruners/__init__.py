@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 PRUNERS: dict[str, str] = {
     "evs": "evs",
+    "evs-threshold": "evs_threshold",
+    "vidcom2": "vidcom2",
+    "nvidia": "nvidia",
     "random": "random_tokens",
     "frames": "whole_units",
     "prunevid": "prunevid",

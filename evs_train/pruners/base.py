@@ -25,10 +25,13 @@ class Video:
     Attributes:
         embeds: (T, N, D) post-projector embeddings, in the dtype of the scores.
         seed: of draws at random; the same in every pass over the same row of the same step.
+        change: (T, N) float32 mean absolute change of each token's pixels to the unit before, 0 in unit 0; there for
+            pruners that need it (`Pruner.needs_changes`).
     """
 
     embeds: Tensor
     seed: int = 0
+    change: Tensor | None = None
 
     @property
     def num_units(self) -> int:
@@ -53,6 +56,11 @@ class Choice:
     index: Tensor
     groups: Tensor | None = None
     seen: Tensor | None = None
+
+    @property
+    def visible(self) -> Tensor:
+        """Places of the kept tokens that attention sees, for pictures: where some are hidden the host must wait."""
+        return self.index if self.seen is None else self.index[self.seen]
 
     def merged(self, rows: Tensor) -> Tensor:
         """(K, D) features of the kept tokens, from those of all: (T * N, D).
@@ -96,6 +104,11 @@ class Pruner(ABC):
     """
 
     hides: ClassVar[bool] = False
+
+    @property
+    def needs_changes(self) -> bool:
+        """It looks at `Video.change`, which is measured where videos are decoded. Default: no."""
+        return False
 
     def num_retained(self, num_units: int, tokens_per_unit: int, pruning_rate: float) -> int:
         """How many tokens stay. Default: as many as EVS keeps, so that methods are compared at equal numbers.

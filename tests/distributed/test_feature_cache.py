@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from evs_train.uptrain import Run
-from tests.runs import arguments, metrics, recipe_of, torchrun
+from tests.runs import Ranks, arguments, metrics, recipe_of
 
 OPTIONS: dict[str, Any] = {
     "train__steps": 6,
@@ -28,7 +28,12 @@ OPTIONS: dict[str, Any] = {
     [("qwen3_vl", None), pytest.param("nemotron_h_omni", "zero3", marks=pytest.mark.exhaustive)],
 )
 def test_two_processes_give_the_curve_of_one(
-    family: str, deepspeed: str | None, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
+    family: str,
+    deepspeed: str | None,
+    tiny_checkpoint: Callable[[str], Path],
+    mixed_rows: Path,
+    tmp_path: Path,
+    two_ranks: Ranks,
 ) -> None:
     checkpoint = tiny_checkpoint(family)
     Run(recipe_of(arguments(checkpoint, mixed_rows, tmp_path / "one", train__batch_size=2, **OPTIONS))).train()
@@ -37,8 +42,7 @@ def test_two_processes_give_the_curve_of_one(
         checkpoint, mixed_rows, tmp_path / "two", deepspeed=deepspeed, data__cache_features=cache, **OPTIONS,
         train__batch_size=1,
     )  # fmt: skip
-    done = torchrun(words, 2)
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_ranks.train(words)
     expected, found = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     counts = [(line["data/feature_cache_hits"], line["data/feature_cache_misses"]) for line in found]
     assert any(min(one) > 0 for one in counts), counts

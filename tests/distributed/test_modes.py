@@ -14,7 +14,7 @@ import pytest
 from evs_train.data.manifest import read_rows
 from evs_train.data.order import DrawOrder
 from evs_train.uptrain import Run
-from tests.runs import STILL, arguments, assert_only_rounding, metrics, recipe_of, torchrun, torchrun_each
+from tests.runs import STILL, Ranks, arguments, assert_only_rounding, metrics, recipe_of
 
 STEPS = 4
 MODES = (None, "zero2", "zero3")
@@ -44,14 +44,14 @@ def test_the_rows_are_uneven_over_ranks(mixed_rows: Path) -> None:
 
 @pytest.mark.capability("DDP, ZeRO-2, ZeRO-3", "yes")
 def test_two_processes_give_the_curve_of_one(
-    family_name: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
+    family_name: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path, two_ranks: Ranks
 ) -> None:
     checkpoint = tiny_checkpoint(family_name)
     Run(recipe_of(words(checkpoint, mixed_rows, tmp_path / "one", 1, None))).train()
     expected = metrics(tmp_path / "one")
     assert expected[-1]["loss"] < expected[0]["loss"]
     outputs = {mode: tmp_path / str(mode) for mode in MODES}
-    torchrun_each([words(checkpoint, mixed_rows, output, 2, mode) for mode, output in outputs.items()], 2, tmp_path)
+    two_ranks.train(*(words(checkpoint, mixed_rows, output, 2, mode) for mode, output in outputs.items()))
     for mode, output in outputs.items():
         found = metrics(output)
         assert len(found) == len(expected) == STEPS, mode
@@ -63,13 +63,12 @@ def test_two_processes_give_the_curve_of_one(
 
 
 def test_splitting_a_batch_over_processes_leaves_rounding_only(
-    tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
+    tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path, two_ranks: Ranks
 ) -> None:
     """Rows of one step differ in their number of supervised tokens, so averages of averages would show at once."""
     options = {"train__steps": 8, "evs__rate": 0.5, **STILL}
     checkpoint = tiny_checkpoint("qwen3_vl")
     whole, split = tmp_path / "whole", tmp_path / "split"
     Run(recipe_of(arguments(checkpoint, mixed_rows, whole, train__batch_size=2, **options))).train()
-    done = torchrun(arguments(checkpoint, mixed_rows, split, train__batch_size=1, **options), 2)
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_ranks.train(arguments(checkpoint, mixed_rows, split, train__batch_size=1, **options))
     assert_only_rounding(metrics(whole), metrics(split))

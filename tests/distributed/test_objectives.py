@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from evs_train.uptrain import Run
-from tests.runs import STILL, arguments, metrics, recipe_of, torchrun_each
+from tests.runs import STILL, Ranks, arguments, metrics, recipe_of
 
 STEPS = 4
 RATE = {"kind": "uniform", "min": 0.2, "max": 0.8}
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", ["teacher", "sandwich"])
 def test_two_processes_give_the_curve_of_one(
-    kind: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path
+    kind: str, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path, tmp_path: Path, two_ranks: Ranks
 ) -> None:
     cases = {name: case for name, case in CASES.items() if case[1]["kind"] == kind}
 
@@ -48,7 +48,7 @@ def test_two_processes_give_the_curve_of_one(
         output = tmp_path / folder / case
         return arguments(tiny_checkpoint(family), mixed_rows, output, **settings, **options | others, evs__rate=RATE)
 
-    torchrun_each([words(case, "two", 2) for case in cases], 2, tmp_path)
+    two_ranks.train(*(words(case, "two", 2) for case in cases))
     for case in cases:
         Run(recipe_of(words(case, "one", 1, deepspeed=None))).train()
         expected, found = metrics(tmp_path / "one" / case), metrics(tmp_path / "two" / case)

@@ -59,7 +59,7 @@ def start(node: Node, nodes: list[Node], words: list[str], log: Path, **variable
         "NNODES": "2",
         "NODE_RANK": str(node.number),
         "HEAD": nodes[0].address,
-        "PORT": "29577",
+        "PORT": str(nodes[0].port),
         "NPROC": "1",
         "RDZV_CONF": "keep_alive_interval=1",  # a lost node is known after three of these seconds
     }
@@ -195,10 +195,10 @@ def test_without_node_0_the_others_end(nodes: list[Node], words_of: Callable[...
 
 def test_folders_that_are_not_the_same_are_refused(nodes: list[Node], tmp_path: Path) -> None:
     """As with a folder on each node's own disk: every process says who does not see what process 0 wrote."""
-    meeting = "--rdzv-backend c10d --rdzv-id folders --rdzv-endpoint {}:29579 --rdzv-conf is_host={} --local-addr {}"
+    meeting = "--rdzv-backend c10d --rdzv-id folders --rdzv-endpoint {}:{} --rdzv-conf is_host={} --local-addr {}"
     processes, logs = [], []
     for node, name in zip(nodes, (nodes[0].address, "~1"), strict=True):
-        options = meeting.format(nodes[0].address, int(node.number == 0), name).split()
+        options = meeting.format(nodes[0].address, nodes[0].port, int(node.number == 0), name).split()
         program = ["-m", "tests.distributed.folder_worker", str(tmp_path / f"disk{node.number}" / "run")]
         logs.append(tmp_path / f"log{node.number}")
         processes.append(node.start(["torchrun", "--nnodes", "2", *options, *program], logs[-1]))

@@ -232,6 +232,20 @@ def test_processes_write_into_one_folder_and_share_the_hashing(tmp_path: Path, m
     assert all(len(files) == 2 for files in hashed.values())  # one when it is saved, one when it is verified
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["told", "each its own"])
+def test_all_write_into_the_folder_that_the_first_one_named(told: bool, tmp_path: Path) -> None:
+    """With names of their own, the one that is committed would lack what the others wrote."""
+
+    def save(ranks: Ranks) -> None:
+        names = [] if told else [f"{ranks.rank:08x}"]
+        gather = ranks.gather
+        ranks = replace(ranks, gather=lambda items: [names.pop()] if names else gather(items))
+        Checkpoints(tmp_path, ranks).save("checkpoint-1", 1, shard_of(ranks))
+
+    Together(2).run(save)
+    assert Checkpoints(tmp_path).fault_of("checkpoint-1") == (None if told else "shard_1.pt is missing")
+
+
 def saved_while_another_one_writes(output: Path, *, waits: bool = True) -> list[Any]:
     """What each of two processes makes of a save in which the second is late.
 
@@ -411,15 +425,21 @@ def test_without_a_sync_it_would_not(missing: str, tmp_path: Path, monkeypatch: 
     assert newest_after_power_loss(tmp_path, monkeypatch) is None
 
 
-def test_the_rename_is_synced_before_an_old_one_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("synced", [True, False], ids=["synced", "without the sync"])
+def test_the_rename_is_synced_before_an_old_one_is_removed(
+    synced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or a loss of power could take the new name and leave the removal of the old."""
     events = []
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"rename {Path(b).name[:10]}"), rename(a, b))[1])
+    if not synced:
+        monkeypatch.setattr(commit, "sync", lambda path: None)
     saved(tmp_path, 1, 2, 3).rotate(2)
     last = len(events) - events[::-1].index("rename checkpoint") - 1
-    assert events[last:] == ["rename checkpoint", str(tmp_path), "rename .removed-c", str(tmp_path)]
+    sync = [str(tmp_path)] if synced else []
+    assert events[last:] == ["rename checkpoint", *sync, "rename .removed-c", *sync]
 
 
 def both_shards_are_listed(output: Path, delay: Callable[[], Any]) -> bool:

@@ -12,7 +12,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pytest
 
 from evs_train.commit import Checkpoints
 from tests.distributed.order_worker import seen_in
-from tests.faults.nursery import Nursery, nursery
+from tests.faults.nursery import Nursery
 from tests.faults.victims import COMMITTED, RESUME, ROTATION, SAVE, STEP
 from tests.runs import arguments, metrics
 
@@ -111,12 +111,6 @@ class Life:
         assert Checkpoints(self.output).fault_of("final") is None
         names = {path.name for path in self.output.iterdir()}
         assert not {name for name in names if name.startswith(".") or name.endswith(".draft")}, names
-
-
-@pytest.fixture(scope="module")
-def nurse(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery(tmp_path_factory.mktemp("nursery"), tiny_checkpoint("qwen3_vl")) as one:
-        yield one
 
 
 @pytest.fixture

@@ -211,7 +211,34 @@ def test_random_numbers_start_anew_for_another_number_of_processes(
     assert weights(output) != weights(whole / "run")
 
 
-def test_intervals_and_allowed_options_are_the_recipes(whole: Path, words_of: Words, tmp_path: Path) -> None:
+def _nothing_removed(monkeypatch: pytest.MonkeyPatch) -> None: ...
+
+
+def _no_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UptrainTrainer, "_init_training_state", Trainer._init_training_state)
+
+
+def _no_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "set_options", lambda *given: None)
+
+
+@pytest.mark.parametrize(
+    ("remove", "differs"),
+    [
+        (_nothing_removed, set()),
+        (_no_intervals, {"logs", "saves"}),
+        (_no_options, {"rates", "betas", "decay"}),
+    ],
+    ids=["as it is", "without intervals", "without options"],
+)
+def test_intervals_and_allowed_options_are_the_recipes(
+    remove: Callable[[pytest.MonkeyPatch], None],
+    differs: set[str],
+    whole: Path,
+    words_of: Words,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """transformers goes on with the checkpoint's, whatever it is told."""
     output = stopped(whole / "run", MIDDLE, tmp_path / "run")
     changes: dict[str, Any] = {
@@ -227,13 +254,24 @@ def test_intervals_and_allowed_options_are_the_recipes(whole: Path, words_of: Wo
     trainers: list[UptrainTrainer] = []
     build = run.build_trainer
     run.build_trainer = lambda args=None: trainers.append(build(args)) or trainers[0]  # type: ignore[method-assign,func-returns-value]
+    remove(monkeypatch)
     run.train()
-    assert [line["step"] for line in metrics(output)] == [1, 2, 4, 5, 6]
-    assert {line["lr/language_model"] for line in metrics(output)[2:]} == {5e-3}
-    assert sorted(path.name for path in output.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3, 4, 6)]
-    for group in trainers[0].optimizer.param_groups:  # type: ignore[union-attr]
-        assert group["betas"] == (0.8, 0.9)
-        assert group["weight_decay"] == (0.0 if group["name"].endswith("no_decay") else 0.1)
+    groups = trainers[0].optimizer.param_groups  # type: ignore[union-attr]
+    found = {
+        "logs": [line["step"] for line in metrics(output)],
+        "saves": sorted(path.name for path in output.glob("checkpoint-*")),
+        "rates": {line["lr/language_model"] for line in metrics(output)[2:]},
+        "betas": {group["betas"] for group in groups},
+        "decay": {(group["name"].endswith("no_decay"), group["weight_decay"]) for group in groups},
+    }
+    recipes = {
+        "logs": [1, 2, 4, 5, 6],
+        "saves": [f"checkpoint-{step}" for step in (1, 2, 3, 4, 6)],
+        "rates": {5e-3},
+        "betas": {(0.8, 0.9)},
+        "decay": {(False, 0.1)},
+    }
+    assert {what for what in found if found[what] != recipes[what]} == differs, found
     (resumption,) = read_record(output)["resumed"]
     assert resumption["allowed"]["optim.lr"] == {"was": 1e-2, "now": 5e-3}
     assert sorted(resumption["allowed"]) == sorted(allowed)

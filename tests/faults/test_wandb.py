@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from evs_train import tracking
+from evs_train import tracking, tracking_worker
 from evs_train.config import TrackingSection
 from evs_train.tracking import ID_FILE, Tracker
 from evs_train.uptrain import Run
@@ -100,11 +104,122 @@ def test_a_server_that_falls_silent(
             assert seconds_of(lambda: [tracker.log({"loss": 1.0}, step) for step in range(2000)]) < 2.0
             begun = time.monotonic()
         assert time.monotonic() - begun < 1.0 + tracking.GRACE_SECONDS
-    assert f"W&B run: {server.url}" in capfd.readouterr().err
+    assert capfd.readouterr().err == f"W&B run: {server.url}/e/p/runs/{(record.parent / ID_FILE).read_text()}"
+
+
+def use_worker(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *without: tuple[str, str], wandb: str | None = None
+) -> None:
+    """Have a copy of tracking_worker.py started, with other parts in the place of these, and another package wandb."""
+    text = Path(tracking_worker.__file__).read_text(encoding="utf-8")
+    for part, to in without:
+        assert text.count(part) == 1
+        text = text.replace(part, to)
+    (folder / "evs_train").mkdir(parents=True)
+    (folder / "evs_train" / "__init__.py").touch()
+    (folder / "evs_train" / "tracking_worker.py").write_text(text, encoding="utf-8")
+    if wandb is not None:
+        (folder / "wandb.py").write_text(wandb, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])  # which its process is given
+
+
+SOON = ("_HARD_SECONDS = 50.0", "_HARD_SECONDS = 3.0")
+"""When that process ends itself: as late as it does so elsewhere the test would take a minute."""
+
+
+def test_without_time_outs_wandbs_calls_would_last_until_the_hard_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], record: Path
+) -> None:
+    """Its `init` with a server that never answers, its `finish` with one that falls silent."""
+    with Server().running() as mute, Server().running() as server:
+        mute.silent.set()
+        trackers = {}
+        for name, url in (("init", mute.url), ("finish", server.url)):
+            use(monkeypatch, url)
+            trackers[name] = Tracker(TrackingSection(timeout=1.0), "a-name", tmp_path / name)
+            with monkeypatch.context() as patch:
+                use_worker(tmp_path / f"without_{name}", patch, (f'{name}_timeout=begin["timeout"],', ""), SOON)
+                trackers[name]._begin(record, resumed=False)
+        wait_for(lambda: bool(mute.seen), 60.0)
+        assert select.select([trackers["finish"]._socket], [], [], 60.0)[0]  # it has begun, and says where
+        server.silent.set()
+        trackers["finish"].log({"loss": 1.0}, 0)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda tracker: tracker._end(0), trackers.values()))
+    said = sorted(capfd.readouterr().err.splitlines())
+    (run,) = (tmp_path / "finish" / ID_FILE).read_text().splitlines()
+    late = "W&B did not end in time; `wandb sync` sends what is on disk"
+    assert said == [late, late, f"W&B run: {server.url}/e/p/runs/{run}"]
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "without the hard end"])
+def test_a_hang_within_wandb_does_not_outlive_a_run_that_dies(
+    guarded: bool, tmp_path: Path, record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is left to kill that process."""
+    hangs = "import pathlib, time\npathlib.Path('hangs').touch()\ntime.sleep(1000)\n"
+    guard = 'threading.Event().wait(begin["timeout"] + _HARD_SECONDS)'
+    use_worker(tmp_path / "copy", monkeypatch, SOON if guarded else (guard, "threading.Event().wait()"), wandb=hangs)
+    tracker = tracker_of(record)
+    tracker._begin(record, resumed=False)
+    assert tracker._child is not None
+    assert tracker._socket is not None
+    wait_for((record.parent / "hangs").exists)
+    tracker._socket.close()  # as a SIGKILL does
+    if guarded:
+        assert tracker._child.wait(30) == 1
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            tracker._child.wait(1.0 + 1.0 + 0.5)
+        tracker._child.kill()
+        tracker._child.wait()
 
 
 def test_a_process_that_hangs(record: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """A log is dropped rather than waited for, and the process is killed at the end."""
+    check_a_hang(record, monkeypatch, capfd)
+
+
+def _waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = socket.socket.send
+
+    def sending(self: socket.socket, data: bytes) -> int:
+        self.settimeout(1.1)
+        try:
+            return send(self, data)
+        finally:
+            self.setblocking(False)
+
+    monkeypatch.setattr(socket.socket, "send", sending)
+
+
+def _waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = subprocess.Popen.wait
+
+    def waiting(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        killing = threading.Timer(2.0, self.kill)  # or the test would wait, too
+        killing.start()
+        return wait(self)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", waiting)
+
+
+@pytest.mark.parametrize(
+    ("wait", "words"), [(_waits_for_room, "a log is waited for"), (_waits_for_its_end, "its end is waited for")]
+)
+def test_without_limits_the_run_would_wait_for_it(
+    wait: Callable[[pytest.MonkeyPatch], None],
+    words: str,
+    record: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    wait(monkeypatch)
+    with pytest.raises(AssertionError, match=words):
+        check_a_hang(record, monkeypatch, capfd)
+
+
+def check_a_hang(record: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(tracking, "GRACE_SECONDS", 0.5)
     tracker = tracker_of(record)
     with tracker.running(record, resumed=False):
@@ -112,16 +227,17 @@ def test_a_process_that_hangs(record: Path, monkeypatch: pytest.MonkeyPatch, cap
         process = tracker._child
         process.send_signal(signal.SIGSTOP)
         for step in range(1_000_000):  # until what lies between the two processes is full
-            assert seconds_of(lambda: tracker.log({"loss": 1.0}, step)) < 1.0  # noqa: B023
+            seconds = seconds_of(lambda: tracker.log({"loss": 1.0}, step))  # noqa: B023
+            assert seconds < 1.0, "a log is waited for"
             if tracker._dropped == 2:
                 break
         begun = time.monotonic()
     assert time.monotonic() - begun < 6.0
     assert process.poll() == -signal.SIGKILL
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == 2
     assert "does not keep up" in said[0]
-    assert "did not end within 1.5 s" in said[1]
+    assert any("did not end within 1.5 s" in line for line in said), "its end is waited for"
+    assert len(said) == 2
 
 
 def test_a_process_that_dies(record: Path, capfd: pytest.CaptureFixture[str]) -> None:

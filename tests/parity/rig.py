@@ -24,7 +24,8 @@ from evs_train.models.base import Encoding
 from evs_train.models.loading import load_family, load_weights
 from evs_train.objectives import cross_entropies
 from evs_train.prune import KINDS, EvsHook, compact
-from evs_train.pruners.base import Choice
+from evs_train.pruners.base import Choice, Pruner
+from evs_train.pruners.evs import EVS
 from evs_train.rates import Rates
 from evs_train.samplers import build_sampler
 from evs_train.tally import Tally
@@ -96,18 +97,21 @@ class Rig:
         hook = EvsHook(self.family, self.model)
         return hook._attention(batch["plan"], batch["index"]["boundaries"], documents)
 
-    def device_half(self, batch: dict[str, Any], encoding: Encoding) -> dict[str, Any]:
+    def device_half(self, batch: dict[str, Any], encoding: Encoding, pruner: Pruner = EVS) -> dict[str, Any]:
         """What the model is called with, by all that runs on the device beside encoder and model; the loss is counted.
 
         `encoding`: the features of the batch. The counted loss is that of logits that are all zero. Also returned: the
         `targets` (S,) of the loss.
         """
-        hook, plan, head = EvsHook(self.family, self.model), batch["plan"], self.family.output_embeddings(self.model)
+        hook, plan = EvsHook(self.family, self.model, pruner), batch["plan"]
+        head = self.family.output_embeddings(self.model)
         inputs = hook._for_training(batch, encoding, {})
         (gather,) = head._forward_pre_hooks.values()
         (hidden,) = gather(head, (torch.zeros(*plan.shape, 1, device=hook.targets.device),))
         losses = cross_entropies(hidden[0].expand(-1, len(self.family.processor.tokenizer)), hook.targets)
-        Tally().add_pass(plan, losses)
+        tally = Tally(hides=pruner.hides)
+        tally.add(plan, hook.hidden)
+        tally.add_pass(plan, losses)
         return inputs | {"targets": hook.targets}
 
     def gradients(self) -> dict[str, Tensor | None]:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from benchmarks.perf.waits import noted_waits
 from evs_train import evs, prune
 from evs_train.prune import KINDS, to_device
+from evs_train.pruners.evs_threshold import EvsThreshold
 from tests.parity.rig import Rig
 from tests.parity.tracing import trace
 
@@ -37,6 +38,15 @@ def test_the_device_half_never_waits(rig: Rig, rate: float) -> None:
         assert waits.places == with_gradient.places == [], rule
         assert 10 < waits.num_operations < with_gradient.num_operations
         assert inputs["input_ids"].shape == batch["plan"].shape
+        assert inputs["attention_mask"].device.type == "cuda"
+
+
+def test_nor_with_tokens_that_are_hidden(attention_rig: Rig) -> None:
+    for packing in (False, True):
+        pruner = EvsThreshold()
+        batch = attention_rig.batch(ALL, 0.5, packing=packing, pruner=pruner)
+        inputs, waits = trace(attention_rig, batch, pruner=pruner)
+        assert waits.places == []
         assert inputs["attention_mask"].device.type == "cuda"
 
 

@@ -15,10 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.perf.device_half import with_gradient
 from benchmarks.perf.waits import Waits, noted_waits
 from evs_train.prune import EvsHook
+from evs_train.pruners.base import Pruner
+from evs_train.pruners.evs import EVS
 from tests.parity.rig import Rig
 
 
-def trace(rig: Rig, batch: dict[str, Any], *, backward: bool = False) -> tuple[dict[str, Any], Waits]:
+def trace(
+    rig: Rig, batch: dict[str, Any], *, backward: bool = False, pruner: Pruner = EVS
+) -> tuple[dict[str, Any], Waits]:
     """What the model would be called with, and the waits until then, or also in the gradient of the features.
 
     torch runs no backward pass on a CUDA device that is not there. It is run on fake CPU tensors.
@@ -27,7 +31,7 @@ def trace(rig: Rig, batch: dict[str, Any], *, backward: bool = False) -> tuple[d
     encoding = EvsHook(rig.family, rig.model, encoder_trains=True)._encode(batch["media"], training=True)
     with FakeTensorMode(), noted_waits(torch.device("cpu")) as waits:
         on_device = {key: value if key == "media" else faked(value, device) for key, value in batch.items()}
-        inputs = rig.device_half(on_device, faked(encoding, device))
+        inputs = rig.device_half(on_device, faked(encoding, device), pruner)
         if backward:
             torch.cat([one.flatten() for one in with_gradient(inputs)]).sum().backward()
     return inputs, waits

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,9 +23,24 @@ RATES = (0.0, 0.3, 0.75, 0.9, 0.99)
 SHAPES = ((1, 9), (2, 4), (8, 16), (20, 16), (7, 5))
 
 
-@pytest.fixture(params=sorted(PRUNERS))
+VARIANTS: list[Method] = [
+    {"kind": "evs-threshold", "similarity": 0.3},
+    {"kind": "nvidia", "metric": "cos"},
+    {"kind": "nvidia", "variant": "iterative"},
+    {"kind": "nvidia", "level": "pixels"},
+    {"kind": "nvidia", "level": "pixels", "variant": "iterative"},
+]
+
+
+@pytest.fixture(params=[*sorted(PRUNERS), *VARIANTS], ids=str)
 def pruner(request: pytest.FixtureRequest) -> Pruner:
-    return build_pruner(str(request.param))
+    return build_pruner(request.param)
+
+
+def video_of(embeds: Tensor, seed: int = 0) -> Video:
+    """With all that a pruner may look at; pixels change as the embeddings do."""
+    change = (embeds[1:].float() - embeds[:-1].float()).abs().mean(dim=-1)
+    return Video(embeds, seed, torch.cat([change.new_zeros(1, embeds.shape[1]), change]))
 
 
 def drifting(num_units: int, per_unit: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -39,11 +60,15 @@ def test_as_many_stay_as_the_host_planned(pruner: Pruner, num_units: int, per_un
     for rate in RATES:
         count = pruner.num_retained(num_units, per_unit, rate)
         assert 1 <= count <= num_units * per_unit
-        choice = pruner.choose(Video(embeds, seed=3), rate)
+        choice = pruner.choose(video_of(embeds, seed=3), rate)
         assert choice.index.dtype == torch.int64
         assert choice.index.tolist() == sorted(set(choice.index.tolist()))
         assert len(choice.index) == count
         assert 0 <= int(choice.index[0]) <= int(choice.index[-1]) < num_units * per_unit
+        if choice.seen is not None:
+            assert pruner.hides
+            assert (choice.seen.dtype, choice.seen.shape) == (torch.bool, choice.index.shape)
+            assert choice.visible.tolist() == choice.index[choice.seen].tolist() != []
         if choice.groups is not None:
             assert choice.groups.shape == (num_units * per_unit,)
             assert choice.groups[choice.index].tolist() == list(range(count)), "a kept token is in its own group"
@@ -56,7 +81,7 @@ def test_as_many_stay_as_the_host_planned(pruner: Pruner, num_units: int, per_un
 
 def test_nothing_changes_at_rate_0(pruner: Pruner) -> None:
     embeds = drifting(8, 16, torch.bfloat16)
-    choice = pruner.choose(Video(embeds), 0.0)
+    choice = pruner.choose(video_of(embeds), 0.0)
     assert choice.index.tolist() == list(range(8 * 16))
     assert torch.equal(choice.merged(embeds.flatten(0, 1)), embeds.flatten(0, 1))
     assert choice.seen is None or bool(choice.seen.all())
@@ -65,9 +90,9 @@ def test_nothing_changes_at_rate_0(pruner: Pruner) -> None:
 def test_the_choice_depends_on_its_arguments_alone(pruner: Pruner) -> None:
     embeds = drifting(8, 16)
     torch.manual_seed(0)
-    first = pruner.choose(Video(embeds, seed=3), 0.75)
+    first = pruner.choose(video_of(embeds, seed=3), 0.75)
     torch.manual_seed(1)
-    again = pruner.choose(Video(embeds.clone(), seed=3), 0.75)
+    again = pruner.choose(video_of(embeds.clone(), seed=3), 0.75)
     for one, other in ((first.index, again.index), (first.groups, again.groups), (first.seen, again.seen)):
         assert (one is None and other is None) or torch.equal(one, other)  # type: ignore[arg-type]
 
@@ -75,7 +100,7 @@ def test_the_choice_depends_on_its_arguments_alone(pruner: Pruner) -> None:
 def test_the_host_waits_for_nothing(pruner: Pruner) -> None:
     with FakeTensorMode(), noted_waits(torch.device("cpu")) as waits:
         embeds = torch.empty(8, 16, 24, device="cuda", requires_grad=True)
-        choice = pruner.choose(Video(embeds.detach()), 0.75)
+        choice = pruner.choose(video_of(embeds.detach()), 0.75)
         merged = choice.merged(embeds.flatten(0, 1))
         assert merged.shape == (pruner.num_retained(8, 16, 0.75), 24)
         assert merged.device.type == "cuda"
@@ -84,7 +109,7 @@ def test_the_host_waits_for_nothing(pruner: Pruner) -> None:
 
 def test_gradients_reach_what_stays(pruner: Pruner) -> None:
     embeds = drifting(8, 16).requires_grad_()
-    choice = pruner.choose(Video(embeds.detach()), 0.75)
+    choice = pruner.choose(video_of(embeds.detach()), 0.75)
     choice.merged(embeds.flatten(0, 1)).sum().backward()
     assert embeds.grad is not None
     reached = embeds.grad.flatten(0, 1).abs().sum(1) > 0
@@ -141,3 +166,18 @@ def test_what_is_no_method_is_refused(spec: Method, said: str) -> None:
 
 def test_names_are_known_without_torch() -> None:
     assert method_name({"kind": "random", "anything": 1}) == "random"  # options are the pruner's to judge
+
+
+def test_the_page_on_adding_one_has_one_that_works() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "adding-a-pruner.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {"__name__": "every_third"}
+    sys.modules["every_third"] = ModuleType("every_third")  # dataclasses look their module up
+    exec(compile(code, "adding-a-pruner.md", "exec"), names)
+    embeds = drifting(8, 16)
+    for rate in RATES:
+        index = names["PRUNER"](start=2).choose(Video(embeds), rate).index
+        assert index.tolist() == sorted(set(index.tolist()))
+        assert len(index) == names["PRUNER"]().num_retained(8, 16, rate)
+    with pytest.raises(ValueError, match="start must be"):
+        names["PRUNER"](start=-1)
