@@ -88,7 +88,7 @@ class Selection:
     depth: float
 
     def num_selected(self, num_retained: int) -> int:
-        return math.ceil(self.share * num_retained - 1e-9)  # 0.1 of 30 is 3
+        return math.ceil(self.share * num_retained - 1e-9)  # 0.07 of 100 is 7
 
     def layer(self, num_layers: int) -> int:
         """Its number, counted from 0."""
