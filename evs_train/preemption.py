@@ -19,8 +19,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkContext, ForkProcess
 from types import FrameType, TracebackType
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_SECONDS = 5.0
@@ -79,20 +82,38 @@ def _seen(number: int, frame: FrameType | None) -> None:
     """Nothing is left to do here: the number is in the pipe."""
 
 
-def outlive_signals(init: Callable[[int], Any] | None) -> Callable[[int], None]:
-    """What a loader's process does at its start, `init` after it, to outlive signals to the whole process group.
+def outlive_signals(loader: DataLoader[Any]) -> None:
+    """Have the processes that `loader` will start outlive signals to the whole process group.
 
-    It must go on until the checkpoint is written; torch's handler would end it, and with it the run. SIGTERM of its own
-    parent still ends it, as the loader's shutdown may need.
+    They must go on until the checkpoint is written; torch's handler would end them, and with them the run. SIGTERM of
+    their own parent still ends them, as the loader's shutdown may need.
     """
-    return functools.partial(_outlive_signals, init)
+    if loader.num_workers:
+        loader.multiprocessing_context = _Blocking()
+    loader.worker_init_fn = functools.partial(_outlive_signals, loader.worker_init_fn)
+
+
+class _Process(ForkProcess):
+    """Starts with SIGTERM blocked, for all threads: torch starts some before it calls `worker_init_fn`."""
+
+    def start(self) -> None:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _Blocking(ForkContext):
+    """How such processes are started."""
+
+    Process = _Process
 
 
 def _outlive_signals(init: Callable[[int], Any] | None, worker: int) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # Blocked and waited for, since only that way says who sent it. Threads that start later block it, too.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # SIGTERM is blocked in all threads, and waited for, since only that way says who sent it.
     threading.Thread(target=_obey, args=(os.getppid(),), name="signals", daemon=True).start()
     if init is not None:
         init(worker)

@@ -103,7 +103,7 @@ class UptrainTrainer(SavingTrainer):
             self.train_dataset, "Training", batch_size=1, sampler_fn=self._get_train_sampler, is_training=True
         )
         plain: DataLoader[Any] = loader.base_dataloader  # inside accelerate's
-        plain.worker_init_fn = outlive_signals(plain.worker_init_fn)
+        outlive_signals(plain)
         return loader  # type: ignore[no-any-return]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
