@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from evs_train.errors import RecipeError
 from evs_train.evaluate.options import parse_options
@@ -18,16 +16,12 @@ from evs_train.evaluate.report import recommended_rate
 from evs_train.evaluate.run import evaluate, name_of_side
 from evs_train.export import export_run
 from evs_train.generation import PrunedModel
-from evs_train.inputs import Inputs, check_pruner
 from evs_train.models.tiny import build_tiny
-from evs_train.pruners.base import Choice, Pruner, Video
-from evs_train.pruners.evs import EVS
 from evs_train.pruners.random_tokens import RandomTokens
 from evs_train.pruners.whole_units import WholeUnits
 from evs_train.recipe import load_recipe
 from evs_train.serving import launch_lines
 from evs_train.uptrain import Run
-from tests.parity.rig import Rig
 from tests.runs import arguments, metrics, recipe_of
 
 
@@ -158,47 +152,3 @@ def test_a_recipe_is_told_of_unknown_methods_with_its_other_faults() -> None:
         load_recipe(["recipe=tiny", "evs.method=evz", "evs.rate=2"])
     assert "did you mean evs" in str(caught.value)
     assert "evs.rate" in str(caught.value)
-
-
-@dataclass(frozen=True)
-class Hiding(Pruner):
-    """Keeps what EVS keeps, and hides every other of those tokens."""
-
-    hides = True
-
-    def choose(self, video: Video, pruning_rate: float) -> Choice:
-        index = EVS.choose(video, pruning_rate).index
-        return Choice(index, seen=torch.arange(len(index), device=index.device) % 2 == 0)
-
-
-@dataclass(frozen=True)
-class Seen(Pruner):
-    """Keeps what `Hiding` does not hide."""
-
-    def num_retained(self, num_units: int, tokens_per_unit: int, pruning_rate: float) -> int:
-        return -(-EVS.num_retained(num_units, tokens_per_unit, pruning_rate) // 2)
-
-    def choose(self, video: Video, pruning_rate: float) -> Choice:
-        return Choice(EVS.choose(video, pruning_rate).index[::2])
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_hiding_a_token_is_dropping_it(packing: bool, tiny_checkpoint: Callable[[str], Path], mixed_rows: Path) -> None:
-    rig = Rig(tiny_checkpoint("qwen3_vl"), mixed_rows)
-    logits = []
-    for pruner in (Hiding(), Seen()):
-        batch = rig.batch(("two", "both", "text"), 0.5, pruner=pruner, packing=packing)
-        logits.append(rig.forward(batch, pruner=pruner)[0].logits)
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
-    assert not torch.equal(logits[0], rig.forward(rig.batch(("two", "both", "text"), 0.5, packing=packing))[0].logits)
-
-
-def test_hiding_is_refused_where_there_is_no_mask(tiny_checkpoint: Callable[[str], Path], world: Path) -> None:
-
-    inputs = Inputs(recipe_of(arguments(tiny_checkpoint("nemotron_h_omni"), world, Path("unused"))))
-    with pytest.raises(RecipeError, match="nemotron_h_omni has recurrent layers"):
-        check_pruner(Hiding(), inputs.family, "sdpa")
-    inputs = Inputs(recipe_of(arguments(tiny_checkpoint("qwen3_vl"), world, Path("unused"))))
-    check_pruner(Hiding(), inputs.family, "sdpa")
-    with pytest.raises(RecipeError, match="flash_attention_2 takes no mask"):
-        check_pruner(Hiding(), inputs.family, "flash_attention_2")
