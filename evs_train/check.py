@@ -179,7 +179,7 @@ def _of_largest(num_rows: int, counts: Iterable[int]) -> int:
 
 
 def _feature_gib(run: Inputs, rows: Sequence[PlannedRow | Refused]) -> float | None:
-    """GiB of what the tower says of all distinct media."""
+    """GiB of what the tower, or a frozen projector behind it, says of all distinct media."""
     family, tuning = run.family, run.recipe.tuning
     if not family.projector_entries or tuning.trains_vision:
         return None
@@ -192,7 +192,8 @@ def _feature_gib(run: Inputs, rows: Sequence[PlannedRow | Refused]) -> float | N
             tokens["image", "|".join(map(key_of, sample.images))] = full.num_image_tokens
     # Where weights are kept in float32, so may be what autocast hands on from layer to layer.
     halves = run.recipe.model.dtype == "bfloat16" and (tuning.method == "lora" or run.recipe.deepspeed is not None)
-    values = sum(count * family.tower_values(kind) for (kind, _), count in tokens.items())
+    behind = None if tuning.trains_projector else family.feature_values()
+    values = sum(count * (behind or family.tower_values(kind)) for (kind, _), count in tokens.items())
     return values * (2 if halves else 4) / 2**30
 
 

@@ -150,6 +150,11 @@ class TuningSection(Section):
         """Whether the vision tower is trained, or gets adapters."""
         return "vision" not in self.freeze if self.method == "full" else "vision" in self.lora.parts
 
+    @property
+    def trains_projector(self) -> bool:
+        """Whether the projector is trained, or gets adapters."""
+        return "projector" not in self.freeze if self.method == "full" else "projector" in self.lora.parts
+
     @model_validator(mode="after")
     def _something_is_trained(self) -> TuningSection:
         if self.method == "full" and set(self.freeze) == set(PARTS):

@@ -1,12 +1,13 @@
-"""Device half of `data.cache_features`: what a frozen vision tower says is computed once for each medium, and kept.
+"""Device half of `data.cache_features`: what frozen modules say of media is computed once for each, and kept.
 
-A batch comes with a `Piece` for each of its media (`data/features.py`). Where that has the tower's outputs, they are
-taken; otherwise the tower runs on this medium alone and a thread writes what it said. Then the projector runs over all
-of them at once, with gradient, as `Family.encode` would run it.
+A batch comes with a `Piece` for each of its media (`data/features.py`). What is in it is taken; otherwise the encoder
+runs on this medium alone, and a thread writes what it said. Where the projector is trained, the tower's outputs are
+kept, and the projector runs over all of them at once, with gradient, as `Family.encode` would run it. Where it is
+frozen, too, what is kept are the features behind it, and nothing is left to run.
 
-Invariant: a batch's features do not depend on what was found and what was computed, since the tower always sees one
-medium at a time. Cost: a medium that is computed goes through the projector once more, without gradient; writing waits
-for the disk when two media are waiting already.
+Invariant: a batch's features do not depend on what was found and what was computed, since frozen modules always see one
+medium at a time. Cost: where the projector is trained, a medium that is computed goes through it once more, without
+gradient; writing waits for the disk when two media are waiting already.
 The loader's half, which skips decoding, is `data/rows.py`. Which tokens stay is decided behind this (`prune.py`).
 """
 
@@ -16,7 +17,7 @@ import contextlib
 import importlib.metadata
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from evs_train.config import Recipe
+from evs_train.config import Part, Recipe
 from evs_train.data.chat import Kind, Media
 from evs_train.data.features import PIECES, FeatureStore, Piece, Stored
 from evs_train.errors import RecipeError
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_store(recipe: Recipe, family: Family, model: PreTrainedModel) -> FeatureStore:
-    """The store of what this model's tower says under this recipe. Every process must call it.
+    """The store of what this model's frozen modules say under this recipe. Every process must call it.
 
     Raises:
         RecipeError: the folder cannot be written.
@@ -53,8 +54,12 @@ def open_store(recipe: Recipe, family: Family, model: PreTrainedModel) -> Featur
     section = recipe.data.cache_features
     assert section is not None
     data = recipe.data
+    moving: tuple[Part, ...] = ("language_model",)
+    if recipe.tuning.trains_projector:
+        moving = ("language_model", "projector")
     settings = {
-        "weights": _digest(model, family),
+        "without": moving,
+        "weights": _digest(model, family, moving),
         "dtype": recipe.model.dtype,
         "attn_implementation": recipe.model.attn_implementation,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -89,12 +94,12 @@ def check_family(family: Family) -> None:
         )
 
 
-def _digest(model: nn.Module, family: Family) -> str:
-    """Hash of all weights outside language model and projector."""
+def _digest(model: nn.Module, family: Family, without: Collection[Part]) -> str:
+    """Hash of all weights outside of some parts."""
     digest = xxhash.xxh3_128()
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in sorted(named, key=lambda one: one[0]):
-        if part_of(name, family) not in ("projector", "language_model"):
+        if part_of(name, family) not in without:
             with _whole(tensor):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
@@ -183,8 +188,8 @@ class EncoderCache:
     """Encodes the media of batches whose rows were read with `store`.
 
     Attributes:
-        projector_trains: in training every rank projects at least one medium (a blank one, of which nothing is kept),
-            or its gradients would be missing elsewhere.
+        projector_trains: the tower's outputs are kept, and in training every rank projects at least one medium (a blank
+            one, of which nothing stays), or its gradients would be missing elsewhere. Otherwise features are kept.
         equal_calls: all ranks must call tower and projector equally often (see `EvsHook`).
     """
 
@@ -207,17 +212,17 @@ class EncoderCache:
         pieces: dict[Kind, list[Piece]] = {kind: media.get(name, []) for kind, name in PIECES.items()}
         more_towers, more_projections = self._missing(pieces, training)
         for kind, of_kind in pieces.items():
-            towers = [self._outputs(piece, kind) for piece in of_kind]
+            outputs = [self._outputs(piece, kind) for piece in of_kind]
             for _ in range(more_towers[kind]):
-                self.family.tower(self.model, self._blank(kind)[0], kind)
-            if towers:
-                encoded[kind] = self.family.project(self.model, media, kind, towers)
+                self._computed(self._blank(kind)[0], kind)
+            if outputs and self.projector_trains:
+                outputs = self.family.project(self.model, media, kind, outputs)
+            encoded[kind] = outputs
             for _ in range(more_projections[kind]):
-                blank, outputs = self._blank(kind)
+                blank, said = self._blank(kind)
                 # A slice of length 0 adds no token, and its backward gives the projector exact zeros.
                 blanks += [
-                    (kind, [layer[:0] for layer in one])
-                    for one in self.family.project(self.model, blank, kind, [outputs])
+                    (kind, [layer[:0] for layer in one]) for one in self.family.project(self.model, blank, kind, [said])
                 ]
         return encoded, blanks
 
@@ -237,10 +242,18 @@ class EncoderCache:
             self.counts["bytes_read"] += sum(one.nbytes for one in outputs)
             return outputs
         self.counts["misses"] += 1
-        outputs = self.family.tower(self.model, piece["inputs"], kind)
+        outputs = self._computed(piece["inputs"], kind)
         if not self.writer.put(piece["key"], Stored(outputs, piece["facts"])):
             self.counts["not_written"] += 1
         return outputs
+
+    @torch.no_grad()
+    def _computed(self, medium: Media, kind: Kind) -> list[Tensor]:
+        """What is kept of one medium."""
+        if self.projector_trains:
+            return self.family.tower(self.model, medium, kind)
+        (features,) = self.family.encode(self.model, medium, kind)
+        return features
 
     def _missing(self, pieces: dict[Kind, list[Piece]], training: bool) -> tuple[Counter[Kind], Counter[Kind]]:
         """How often tower and projector must run on blanks beside this rank's own media, by kind."""
@@ -250,7 +263,10 @@ class EncoderCache:
             for kind in PIECES:
                 self._blank(kind)  # on every rank in its first step, or not at all
             own = [sum("outputs" not in piece for piece in of_kind) for of_kind in pieces.values()]
-            own += [self.family.num_projections(kind, len(of_kind)) for kind, of_kind in pieces.items()]
+            own += [
+                self.family.num_projections(kind, len(of_kind)) if self.projector_trains else 0
+                for kind, of_kind in pieces.items()
+            ]
             most = torch.tensor(own, device=next(self.model.parameters()).device)
             torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
             missing = [wanted - mine for wanted, mine in zip(most.tolist(), own, strict=True)]
@@ -264,8 +280,8 @@ class EncoderCache:
         return towers, projections
 
     def _blank(self, kind: Kind) -> tuple[Media, list[Tensor]]:
-        """A blank medium and what the tower says of it; computed once."""
+        """A blank medium and what is kept of such a one; computed once."""
         if kind not in self._blanks:
             media = send_to_device(self.family.blank(kind), next(self.model.parameters()).device)
-            self._blanks[kind] = media, self.family.tower(self.model, media, kind)
+            self._blanks[kind] = media, self._computed(media, kind)
         return self._blanks[kind]

@@ -57,11 +57,13 @@ def compact(batch: dict[str, Any], choices: Sequence[Choice], pad_token_id: int)
     of_videos = index["video"].split([planned.item.num_tokens for planned in plan.videos])
     kept = [places[choice.index] for places, choice in zip(of_videos, choices, strict=True)]
     source = torch.cat([index["always"], *kept]).sort().values  # (sum of retained lengths,)
-    target = index["target"]
 
-    def moved(values: Tensor, fill: int) -> Tensor:
-        flat = values.new_full((plan.shape[0] * plan.shape[1],), fill)
-        return flat.index_copy(0, target, values.flatten()[source]).view(plan.shape)
+    def moved(values: Tensor, fill: int) -> Tensor:  # (..., B, L) -> (..., *plan.shape)
+        kept = values.flatten(-2).index_select(-1, source)
+        if kept.shape[-1] < plan.shape[0] * plan.shape[1]:  # there is padding
+            flat = values.new_full((*kept.shape[:-1], plan.shape[0] * plan.shape[1]), fill)
+            kept = flat.index_copy(-1, index["target"], kept)
+        return kept.unflatten(-1, plan.shape)
 
     ids: Tensor = batch["input_ids"]
     rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
@@ -77,7 +79,7 @@ def compact(batch: dict[str, Any], choices: Sequence[Choice], pad_token_id: int)
     if "sequential_ids" in batch:
         out["position_ids"] = batch["sequential_ids"]
     elif "position_ids" in batch:
-        positions = torch.stack([moved(row, 0) for row in batch["position_ids"]])
+        positions = moved(batch["position_ids"], 0)
         out["position_ids"] = positions if len(positions) > 1 else positions[0]
     return out
 

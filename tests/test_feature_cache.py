@@ -109,6 +109,30 @@ def test_both_epochs_are_those_of_a_run_without_it(
     assert estimate * 2**30 == pytest.approx(written - 2000 * len(entries(tmp_path)), rel=0.1)  # without headers
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision"])
+def test_behind_a_frozen_projector_nothing_is_left_to_run(
+    family: str, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Adapters on the language model alone: what is kept is what that reads, to the bit."""
+    options = {"tuning__method": "lora"}
+    plain = train(recipe("plain", family, cached=False, **options))
+    first = recipe("first", family, **options)
+    assert curve(train(first)) == curve(plain)
+    run = Run(recipe("second", family, **options))
+    trainer = run.build_trainer()
+    modules = [*trainer.hook.family.entries(trainer.hook.model)]
+    for module in modules:
+        module.register_forward_pre_hook(lambda *_: pytest.fail("the projector runs"))
+    trainer.train()
+    lines = metrics(tmp_path / "second")
+    assert curve(lines) == curve(plain)
+    assert (total(lines, "misses"), total(lines, "hits") > 0) == (0, True)
+    estimate = check(Run(first), num_workers=0).feature_cache_gib
+    assert estimate is not None
+    written = sum(file.stat().st_size for file in entries(tmp_path))
+    assert estimate * 2**30 == pytest.approx(written - 2000 * len(entries(tmp_path)), rel=0.1)  # without headers
+
+
 @pytest.mark.parametrize("family", ["llava_onevision", "nemotron_h_omni", "internvl"])
 def test_images_that_stand_together(
     family: str, recipe: Callable[..., Recipe], mixed_rows: Path, tmp_path: Path
@@ -284,7 +308,10 @@ def test_other_weights_or_settings_are_another_folder(recipe: Callable[..., Reci
         "language model": settings(recipe("run"), of_part("lm_head.weight")),
     }
     assert set(same.values()) == {plain}
+    frozen = {"tuning__freeze": ["vision", "projector"]}
     different = {
+        "frozen projector": settings(recipe("run", **frozen)),
+        "its weights": settings(recipe("run", **frozen), of_part("model.visual.merger.linear_fc1.weight")),
         "weights": settings(recipe("run"), of_part("model.visual.blocks.1.mlp.linear_fc2.bias")),
         "positions": settings(recipe("run"), of_part("model.visual.pos_embed.weight")),
         "dtype": settings(recipe("run", model__dtype="bfloat16")),
@@ -296,6 +323,8 @@ def test_other_weights_or_settings_are_another_folder(recipe: Callable[..., Reci
         "limit": settings(recipe("run", data__max_pixels=10_000)),
         "family": settings(recipe("run", "qwen3_vl_moe")),
     }
+    adapters = recipe("run", tuning__method="lora")
+    assert settings(adapters) == settings(adapters, of_part("lm_head.weight")) == different["frozen projector"]
     assert len({plain, *different.values()}) == 1 + len(different), different
 
 

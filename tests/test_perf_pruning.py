@@ -239,7 +239,7 @@ def test_each_saving_is_the_same_step_made_cheaper(groups: dict[str, list[dict[s
     rows = {(row["saving"], row["rate"]): row for row in groups["savings"]}
     measured = {name: row for name, row in rows.items() if "faster" in row}
     assert {row["note"] for name, row in rows.items() if name not in measured} == {"not measured on this device"}
-    assert len(measured) == 10
+    assert len(measured) == 14
     assert all(row["before_seconds"]["median"] > 0 for row in measured.values())
     memory = {name: row["memory"] for name, row in measured.items() if "memory" in row}
     assert memory[("logits of supervised tokens", 0)] < memory[("logits of supervised tokens", 0.75)] < 1
@@ -247,4 +247,12 @@ def test_each_saving_is_the_same_step_made_cheaper(groups: dict[str, list[dict[s
     parts = [memory[(f"{part} recomputed", 0.75)] for part in ("both", "language model", "vision tower")]
     assert parts[0] == min(parts)
     assert max(parts) < 1
-    assert rows[("kept features: epoch that reads", 0.75)]["limit"] > 1
+    for tuning in ("full", "lora"):
+        reads = rows[(f"kept features: epoch that reads, {tuning}", 0.75)]
+        assert reads["limit"] > 1
+        assert sum(reads["sections"].values()) - reads["sections"]["cpu_seconds"] == pytest.approx(
+            reads["seconds"]["median"], rel=0.01
+        )
+        after = rows[(f"kept features: epoch that reads, after it, {tuning}", 0.75)]
+        writes = rows[(f"kept features: epoch that writes, {tuning}", 0.75)]
+        assert (after["before_seconds"], after["seconds"]) == (writes["seconds"], reads["seconds"])

@@ -1,9 +1,9 @@
-"""What a frozen vision tower said of media, kept on disk: one file for each medium, sampling and state of the weights.
+"""What frozen modules said of media, kept on disk: one file for each medium, sampling and state of the weights.
 
-A folder under `path` belongs to one set of settings (`FeatureStore.of`): whatever makes another tower, or makes the
-tower say something else of the same file, makes another folder. In it a file's name is the hash of the medium: where it
-lies, its size and change time, how its frames are sampled, and which media stand beside it in its row, since a
-processor may size them together. So an entry is never out of date, only unused.
+A folder under `path` belongs to one set of settings (`FeatureStore.of`): whatever makes other weights of what is
+frozen, or makes it say something else of the same file, makes another folder. In it a file's name is the hash of the
+medium: where it lies, its size and change time, how its frames are sampled, and which media stand beside it in its row,
+since a processor may size them together. So an entry is never out of date, only unused.
 
 Invariant: an entry is written whole or not at all, and counts only if its checksum holds; a damaged one is removed and
 its medium computed again. All processes and runs that share `path` keep to `max_bytes` together. When it is full,
@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stored:
-    """One entry: what the tower said, and what is known of the medium, which then need not be decoded."""
+    """One entry: what was said of a medium, and what is known of the medium, which then need not be decoded."""
 
     outputs: list[Tensor]
     facts: Facts

@@ -197,6 +197,10 @@ class Family(ABC):
         """How many numbers `tower` gives for each token of a video or image. Raises NotImplementedError: see above."""
         raise NotImplementedError(self.model_type)
 
+    def feature_values(self) -> int:
+        """How many numbers `encode` gives for each token. Default: a pooled embedding, as wide as the text model."""
+        return int(self.config.get_text_config().hidden_size)
+
     def num_projections(self, kind: Kind, count: int) -> int:
         """How often `project` runs the projector for so many media. Default: once for all."""
         return min(count, 1)

@@ -40,6 +40,9 @@ class Qwen3VL(QwenVL):
     def tower_values(self, kind: Kind) -> float:
         return super().tower_values(kind) * (1 + len(self.config.vision_config.deepstack_visual_indexes))
 
+    def feature_values(self) -> int:
+        return super().feature_values() * (1 + len(self.config.vision_config.deepstack_visual_indexes))
+
     def encoder_outputs(self, features: Sequence[tuple[Kind, Features]]) -> dict[str, Any]:
         outputs = {}
         for kind in ("image", "video"):

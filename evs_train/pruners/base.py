@@ -68,7 +68,7 @@ class Choice:
         Means are taken in float32. On a GPU the order of their sums is not fixed, so neither are their last bits.
         """
         if self.groups is None:
-            return rows[self.index]
+            return rows.index_select(0, self.index)  # its gradient needs no sort, as that of an index in brackets does
         sums = rows.new_zeros((len(self.index) + 1, rows.shape[1]), dtype=torch.float32)
         sums = sums.index_add(0, self.groups, rows.float())
         counts = sums.new_zeros(len(sums)).index_add(0, self.groups, sums.new_ones(len(rows)))

@@ -18,28 +18,32 @@ from tests.runs import Ranks, arguments, metrics, recipe_of
 OPTIONS: dict[str, Any] = {
     "train__steps": 6,
     "evs__rate": {"kind": "uniform", "min": 0.2, "max": 0.8},
-    "tuning__freeze": ["vision"],
     "optim__lr_by_part": {},
 }
 
 
 @pytest.mark.parametrize(
-    ("family", "deepspeed"),
-    [("qwen3_vl", None), pytest.param("nemotron_h_omni", "zero3", marks=pytest.mark.exhaustive)],
+    ("family", "deepspeed", "frozen"),
+    [
+        ("qwen3_vl", None, ["vision"]),
+        pytest.param("nemotron_h_omni", "zero3", ["vision"], marks=pytest.mark.exhaustive),
+        pytest.param("nemotron_h_omni", "zero3", ["vision", "projector"], marks=pytest.mark.exhaustive),
+    ],
 )
 def test_two_processes_give_the_curve_of_one(
     family: str,
     deepspeed: str | None,
+    frozen: list[str],
     tiny_checkpoint: Callable[[str], Path],
     mixed_rows: Path,
     tmp_path: Path,
     two_ranks: Ranks,
 ) -> None:
-    checkpoint = tiny_checkpoint(family)
-    Run(recipe_of(arguments(checkpoint, mixed_rows, tmp_path / "one", train__batch_size=2, **OPTIONS))).train()
+    checkpoint, options = tiny_checkpoint(family), OPTIONS | {"tuning__freeze": frozen}
+    Run(recipe_of(arguments(checkpoint, mixed_rows, tmp_path / "one", train__batch_size=2, **options))).train()
     cache = {"path": str(tmp_path / "cache"), "max_gib": 1}
     words = arguments(
-        checkpoint, mixed_rows, tmp_path / "two", deepspeed=deepspeed, data__cache_features=cache, **OPTIONS,
+        checkpoint, mixed_rows, tmp_path / "two", deepspeed=deepspeed, data__cache_features=cache, **options,
         train__batch_size=1,
     )  # fmt: skip
     two_ranks.train(words)

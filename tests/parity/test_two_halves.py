@@ -60,6 +60,24 @@ def test_they_give_the_values_and_gradients_of_encode(rig: Rig, kind: Kind) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_encode_says_of_each_medium_alone_what_it_says_of_several(rig: Rig, kind: Kind) -> None:
+    """What is kept where the projector is frozen, too."""
+    batch = rig.batch(ROWS)
+    media = [one for row in ROWS for one in rig.family.split_media(rig.batch([row])["media"], kind)]
+    with torch.no_grad():
+        alone = [features for one in media for features in rig.family.encode(rig.model, one, kind)]
+        whole = rig.family.encode(rig.model, batch["media"], kind)
+    assert len(alone) == len(whole) == {"image": 2, "video": 4}[kind]
+    assert all(
+        torch.equal(a, b) for one, other in zip(alone, whole, strict=True) for a, b in zip(one, other, strict=True)
+    )
+    num_tokens = sum(planned.item.num_tokens for planned in batch["plan"].items if planned.item.kind == kind)
+    values = sum(layer.numel() for features in alone for layer in features)
+    # LLaVA's newline behind each video is no token of it.
+    assert values == pytest.approx(num_tokens * rig.family.feature_values(), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_tower_gives_so_many_values_and_no_gradient(rig: Rig, kind: Kind) -> None:
     rig.model.requires_grad_(True)
     of_kind = [planned.item for planned in rig.batch(ROWS)["plan"].items if planned.item.kind == kind]
