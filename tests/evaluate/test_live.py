@@ -92,7 +92,7 @@ def test_adapters_and_bfloat16(words: Words, tmp_path: Path) -> None:
     assert one == other  # dropout is on again, and draws what it would have drawn
 
 
-@pytest.mark.parametrize("deepspeed", [None, "zero3"])
+@pytest.mark.parametrize("deepspeed", [pytest.param(None, marks=pytest.mark.exhaustive), "zero3"])
 def test_two_processes_draw_the_curve_of_one(words: Words, deepspeed: str | None, tmp_path: Path) -> None:
     """Before training the weights are the same; a process whose share is smaller does not keep the other waiting."""
     options = {"eval__limit": 7, "train__steps": 1}
