@@ -59,11 +59,11 @@ def compact(batch: dict[str, Any], choices: Sequence[Choice], pad_token_id: int)
     source = torch.cat([index["always"], *kept]).sort().values  # (sum of retained lengths,)
 
     def moved(values: Tensor, fill: int) -> Tensor:  # (..., B, L) -> (..., *plan.shape)
-        kept = values.flatten(-2).index_select(-1, source)
+        kept: Tensor = values.flatten(-2).index_select(-1, source)
         if kept.shape[-1] < plan.shape[0] * plan.shape[1]:  # there is padding
             flat = values.new_full((*kept.shape[:-1], plan.shape[0] * plan.shape[1]), fill)
             kept = flat.index_copy(-1, index["target"], kept)
-        return kept.unflatten(-1, plan.shape)
+        return kept.view(*kept.shape[:-1], *plan.shape)
 
     ids: Tensor = batch["input_ids"]
     rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
