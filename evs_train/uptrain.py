@@ -105,9 +105,8 @@ class Run(Inputs):
         checkpoint = checkpoint_to_resume(self.checkpoints, record, auto=resume == "auto") if resume else None
         if args.world_size > 1:
             rows = f"{len(self.samples)} rows (fingerprint {record['data_fingerprint'][:16]})"
-            agree_on(
-                f"{rows}, {self.schedule.num_steps} steps of {self.schedule.describe()}"
-            )  # behind it, the first process may change what the others have read
+            # Behind this the first process may change what the others have read.
+            agree_on(f"{rows}, {self.schedule.num_steps} steps of {self.schedule.describe()}")
         trainer = self.build_trainer(args)
         self._require_space(trainer, checkpoint)
         if trainer.pop_callback(ProgressCallback):

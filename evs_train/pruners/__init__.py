@@ -43,7 +43,7 @@ def build_pruner(spec: Method, key: str = "evs.method") -> Pruner:
     """The pruner that a recipe describes.
 
     Args:
-        spec: such as `evs`, or `{kind: evs-threshold, threshold: 0.1}`; names are the keys of `PRUNERS`.
+        spec: such as `evs`, or `{kind: evs-threshold, similarity: 0.9}`; names are the keys of `PRUNERS`.
         key: where `spec` stands in the recipe, for messages.
 
     Raises:

@@ -25,7 +25,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from evs_train import evs
 from evs_train.pruners.base import Choice, Pruner, Video, highest
@@ -88,7 +87,7 @@ class Nvidia(Pruner):
             return video.change[1:]
         embeds = video.embeds.float()
         if self.metric == "cos":
-            return 1 - F.cosine_similarity(embeds[1:], embeds[:-1], dim=-1)
+            return evs.dissimilarity(embeds)[1:]
         return (embeds[1:] - embeds[:-1]).abs().mean(dim=-1)
 
 
